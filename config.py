@@ -1,0 +1,339 @@
+"""Experiment configuration: dataclass defaults <- YAML file (and the file it extends) <- command line.
+
+    load_config(["--config", "configs/qwen7b_siglip.yaml", "train.max_steps=100", "--lora_lr", "3e-5", "--bf16=false"])
+
+* A YAML file may begin with `base: other.yaml` (relative to its own folder) and then states only what differs.
+* On the command line `key=value`, `--key=value` and `--key value` mean the same. A key is a dotted path
+  (`model.lora.r`) or any unique end of one (`lora.r`, `max_steps`).
+* Unknown keys, ambiguous keys and values of a wrong type raise `ConfigError`.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used as written; the message names the key and how to mend it."""
+
+
+@dataclass
+class EncoderConfig:
+    kind: Literal["clip", "siglip", "open_clip", "timm"] = "siglip"  # which library the weights belong to
+    path: str = MISSING  # local folder or hub name of the weights; for open_clip and timm the name of the architecture
+    pretrained: str | None = None  # open_clip and timm only: weights file or tag
+    layer: Literal["last", "penultimate"] = "last"  # whose hidden states become the features
+    drop_class_token: bool | None = None  # null: dropped where the architecture has one
+    drop_first_patch: bool = False  # only for weights that were trained so: also leaves out the top-left patch
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen encoder
+
+
+@dataclass
+class ProjectorConfig:
+    kind: Literal["mlp", "linear"] = "mlp"  # mlp: Linear - GELU - Linear
+    position_embedding: bool = False  # add a learned vector per patch before the projection
+    init_std: float = 0.01  # standard deviation of the initial weights
+
+
+@dataclass
+class LoraConfig:
+    r: int = 128  # rank; 0: no adapter, only the projector learns
+    alpha: float = 32.0  # the update is scaled by alpha / r
+    dropout: float = 0.1  # on the input of the update, while training
+    targets: list[str] = field(default_factory=lambda: ["c_attn", "w1", "w2"])  # names of decoder layers
+
+
+@dataclass
+class ModelConfig:
+    decoder: str = MISSING  # local folder or hub name of a Qwen-1 checkpoint with its tokenizer
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen decoder; what is trained is float32
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"  # decoder attention
+
+
+@dataclass
+class DataConfig:
+    train: list[str] = MISSING  # record files or folders of them (Parquet, JSON, JSONL)
+    validation: list[str] = field(default_factory=list)  # records whose loss is measured while training; may be empty
+    image_root: str = "."  # folder that the image paths of the records are relative to
+    max_length: int = 2048  # tokens of a sample, image features included; longer ones end after an earlier answer
+    system: str | None = None  # text of the system turn; null: no system turn
+    on_bad_image: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or its record is left out
+    num_workers: int = 0  # processes that load images; does not change the order of the samples
+
+
+@dataclass
+class TrainConfig:
+    output_dir: str = MISSING  # where checkpoints, the trained weights and this configuration go
+    overwrite: bool = False  # delete what output_dir holds and start over instead of continuing
+    seed: int = 42  # of initial weights, dropout and the order of the samples
+    num_train_epochs: float = 1.0  # passes over the training records
+    max_steps: int = -1  # optimizer steps; positive: overrides num_train_epochs
+    per_device_train_batch_size: int = 4  # samples per process and micro-batch
+    per_device_eval_batch_size: int = 8  # samples per process when validating
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = "group_by_length"  # sample order
+    lora_lr: float = 3e-5  # peak learning rate of the LoRA weights
+    projector_lr: float = 1e-4  # peak learning rate of the projector
+    lr_scheduler_type: str = "linear"  # any schedule of transformers: linear, cosine, constant_with_warmup, ...
+    warmup_steps: float = 0.0  # steps of linear warm-up; below 1: share of all steps
+    weight_decay: float = 0.0  # AdamW, on matrices; biases and norms have none
+    adam_beta1: float = 0.9  # AdamW, decay of the first moment
+    adam_beta2: float = 0.999  # AdamW, decay of the second moment
+    adam_epsilon: float = 1e-8  # AdamW, added to the root of the second moment
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not clipped
+    bf16: bool = False  # bfloat16 autocast, on CPU and GPU
+    gradient_checkpointing: bool = False  # recompute decoder activations in the backward pass: less memory, more time
+    logging_steps: int = 10  # optimizer steps between log lines
+    eval_steps: int = 500  # optimizer steps between validations
+    save_steps: int = 500  # optimizer steps between checkpoints
+    save_total_limit: int | None = 2  # newest checkpoints that are kept; null: all
+    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, ...; empty: console only
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# A resumed run may differ in these: none of them touches the sequence of weights.
+FREE_KEYS = {"data.num_workers", "train.output_dir", "train.overwrite", "train.report_to", "train.save_total_limit"}
+
+AT_LEAST_ONE = [f"train.{name}" for name in (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "logging_steps", "eval_steps", "save_steps")]
+
+
+def leaves(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> type of every value of the configuration, in the order in which they are written above."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found.update(leaves(kind, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+def load_config(argv: list[str]) -> Config:
+    """Configuration from command-line arguments (see the top of this file).
+
+    `--help` prints every key with its default and meaning and exits.
+
+    Raises:
+        ConfigError: unknown, ambiguous or missing key, wrong type, unreadable YAML file.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        sys.exit(0)
+    config_file, overrides = parse_arguments(argv)
+    merged = OmegaConf.structured(Config)
+    for source, values in [*yaml_layers(config_file), *overrides]:
+        for key, value in values.items():
+            merged = merge_value(merged, key, value, source)
+    return finish(merged)
+
+
+def read_config(path: str | Path) -> Config:
+    """Configuration from one YAML file, without a command line (for scripts and notebooks)."""
+    return load_config(["--config", str(path)])
+
+
+def parse_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, dict[str, Any]]]]:
+    """Splits arguments into the `--config` file and `(source, {dotted path: value})` pairs, in order."""
+    config_file, overrides = None, []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            if not argument.startswith("--"):
+                raise ConfigError(f"argument {argument!r} is neither key=value nor --key value")
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{argument} needs a value, as in {argument} true")
+            text = rest.pop(0)
+        if key == "config":
+            if config_file is not None:
+                raise ConfigError("--config is given twice; let one file extend the other with a `base:` line")
+            config_file = text
+        else:
+            path = resolve_key(key, "command line")
+            overrides.append(("command line", {path: parse_text(text, leaves()[path])}))
+    return config_file, overrides
+
+
+def resolve_key(key: str, source: str) -> str:
+    """Dotted path of the only value whose path is `key` or ends in `.key`."""
+    paths = leaves()
+    if key in paths:
+        return key
+    matches = [path for path in paths if path.endswith("." + key)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"{source}: {key!r} is ambiguous: {', '.join(matches)}")
+    raise ConfigError(f"{source}: unknown key {key!r}{suggestion(key, paths)}")
+
+
+def suggestion(key: str, paths: typing.Iterable[str]) -> str:
+    """` (did you mean ...?)` with the nearest dotted path, compared by whole path and by last name; or nothing."""
+    by_name = {name: path for path in paths for name in (path, path.rpartition(".")[2])}
+    wanted = (key, key.rpartition(".")[2])
+    nearest = [name for text in wanted for name in difflib.get_close_matches(text, by_name, n=1)]
+    return f" (did you mean {by_name[nearest[0]]}?)" if nearest else ""
+
+
+def parse_text(text: str, kind: Any) -> Any:
+    """Command-line text as YAML, except that a value of type `str` is kept to the letter (`no` stays "no")."""
+    if type(None) in typing.get_args(kind) and text in ("null", "None"):
+        return None
+    if kind is str or str in typing.get_args(kind) and not is_list(kind) or typing.get_origin(kind) is Literal:
+        return text
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"command line: can't parse {text!r} as a value: {error}") from None
+
+
+def is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is list
+
+
+def yaml_layers(path: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """`(file name, {dotted path: value})` of a YAML file and all that it extends, the most basic first."""
+    layers, seen = [], []
+    while path is not None:
+        file = Path(path).resolve()
+        if file in seen:
+            raise ConfigError(f"{file}: `base:` lines form a circle: {' -> '.join(f.name for f in [*seen, file])}")
+        seen.append(file)
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(file)) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such configuration file") from None
+        except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: not a YAML mapping: {error}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: expected a mapping of keys to values")
+        base = content.pop("base", None)
+        layers.append((path, flatten(content, path)))
+        path = None if base is None else os.path.join(os.path.dirname(path), base)
+    return layers[::-1]
+
+
+def flatten(content: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    """Nested YAML mapping -> {dotted path: value}; refuses what is no key of the configuration."""
+    paths, flat = leaves(), {}
+    for name, value in content.items():
+        path = f"{prefix}{name}"
+        if path in paths:
+            flat[path] = value
+        elif any(known.startswith(path + ".") for known in paths):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {path} is a group of keys, not a value; got {value!r}")
+            flat.update(flatten(value, source, path + "."))
+        else:
+            raise ConfigError(f"{source}: unknown key {path!r}{suggestion(path, paths)}")
+    return flat
+
+
+def merge_value(config: Any, key: str, value: Any, source: str) -> Any:
+    """`config` with one value replaced; a single value stands for a list of one."""
+    kind = leaves()[key]
+    if is_list(kind) and not isinstance(value, list):
+        value = [] if value is None else [value]
+    try:
+        updated = config.copy()
+        OmegaConf.update(updated, key, value, merge=False)
+        return updated
+    except OmegaConfBaseException:
+        raise ConfigError(f"{source}: {key} expects {type_text(kind)}, got {value!r}") from None
+
+
+def type_text(kind: Any) -> str:
+    """A type as a reader would say it: `int`, `true or false`, `one of clip, siglip`, `float or null`."""
+    if kind is bool:
+        return "true or false"
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(typing.get_args(kind))}"
+    if is_list(kind):
+        return f"a list of {type_text(typing.get_args(kind)[0])}"
+    options = typing.get_args(kind)
+    if options:
+        return " or ".join("null" if option is type(None) else type_text(option) for option in options)
+    return kind.__name__
+
+
+def finish(merged: Any) -> Config:
+    """Plain `Config` object; complains about required keys without a value and about numbers out of range."""
+    missing = [key for key in leaves() if key in OmegaConf.missing_keys(merged)]
+    if missing:
+        raise ConfigError(f"no value for {', '.join(missing)}; set it in the YAML file or as {missing[0]}=...")
+    config = OmegaConf.to_object(merged)
+    for key in AT_LEAST_ONE:
+        if OmegaConf.select(merged, key) < 1:
+            raise ConfigError(f"{key} must be at least 1, got {OmegaConf.select(merged, key)}")
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the resolved configuration as YAML (temporary file, then rename)."""
+    temporary = Path(f"{path}.tmp")
+    OmegaConf.save(OmegaConf.structured(config), temporary)
+    os.replace(temporary, path)
+
+
+def config_differences(config: Config, saved_file: str | Path) -> list[str]:
+    """Lines `key: saved -> now` for every value that differs from a saved configuration, `FREE_KEYS` aside."""
+    saved = flat_values(OmegaConf.load(saved_file))
+    now = flat_values(OmegaConf.structured(config))
+    keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
+    absent = "(absent)"
+    return [f"{key}: {saved.get(key, absent)!r} -> {now.get(key, absent)!r}" for key in keys
+            if saved.get(key, absent) != now.get(key, absent)]
+
+
+def flat_values(node: Any, prefix: str = "") -> dict[str, Any]:
+    """OmegaConf mapping -> {dotted path: plain value}."""
+    values = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(flat_values(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
+
+
+def help_text() -> str:
+    """Every key with its default and the comment that stands behind it in this file."""
+    defaults, lines = flat_values(OmegaConf.structured(Config)), [__doc__.strip(), ""]
+    for key, comment in comments().items():
+        default = "(required)" if defaults[key] == MISSING else "null" if defaults[key] is None else defaults[key]
+        lines.append(f"{key} = {default}\n    {comment}")
+    return "\n".join(lines)
+
+
+def comments(cls: type = Config, prefix: str = "") -> dict[str, str]:
+    """Dotted path -> trailing comment of its line in this file."""
+    found: dict[str, str] = {}
+    types = typing.get_type_hints(cls)
+    for line in inspect.getsource(cls).splitlines():
+        match = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
+        if match and dataclasses.is_dataclass(types[match[1]]):
+            found.update(comments(types[match[1]], f"{prefix}{match[1]}."))
+        elif match:
+            found[prefix + match[1]] = match[2] or ""
+    return found

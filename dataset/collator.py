@@ -1,0 +1,50 @@
+"""Samples -> a padded batch."""
+
+import torch
+from torch import Tensor
+
+from dataset.template import IGNORE_INDEX
+
+
+class Collator:
+    """Pads samples to the longest of the batch.
+
+    Returns a dict of tensors:
+        input_ids       [B, T] int64, `pad_token_id` where there is no token
+        attention_mask  [B, T] int64, 1 for tokens, 0 for padding
+        labels          [B, T] int64, -100 for padding and whatever is not supervised
+        image_counts    [B]    int64, images of each sample
+        pixel_values    [sum(image_counts), 3, H, W] float32, the images of row 0 first; absent if there are none
+
+    Args:
+        padding_side: "right" for training; "left" puts the ends of all rows at T - 1, as generation needs.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
+    """
+
+    def __init__(self, pad_token_id: int, padding_side: str = "right", pad_to_multiple_of: int | None = None):
+        if not isinstance(pad_token_id, int):
+            raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}")
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+        self.pad_token_id, self.padding_side = pad_token_id, padding_side
+        self.pad_to_multiple_of = pad_to_multiple_of or 1
+
+    def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        images = [sample["pixel_values"] for sample in samples]
+        batch = {
+            "input_ids": self._pad([sample["input_ids"] for sample in samples], length, self.pad_token_id),
+            "attention_mask": self._pad([[1] * len(sample["input_ids"]) for sample in samples], length, 0),
+            "labels": self._pad([sample["labels"] for sample in samples], length, IGNORE_INDEX),
+            "image_counts": torch.tensor([0 if pixels is None else len(pixels) for pixels in images]),
+        }
+        if any(pixels is not None for pixels in images):
+            batch["pixel_values"] = torch.cat([pixels for pixels in images if pixels is not None])
+        return batch
+
+    def _pad(self, rows: list[list[int]], length: int, value: int) -> Tensor:
+        """[B, T]"""
+        if self.padding_side == "left":
+            return torch.tensor([[value] * (length - len(row)) + row for row in rows])
+        return torch.tensor([row + [value] * (length - len(row)) for row in rows])

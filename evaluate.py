@@ -1,0 +1,314 @@
+"""Greedy answers on a set of records and how often they are right: with the real images, blind, and with other images.
+
+    python evaluate.py --checkpoint_path outputs/run --data test.parquet --image_root data --output report.json
+
+The last turn of each record, an assistant turn, is predicted; all turns before it are given as they are. An answer is
+right if it equals the record's after both are normalised: case, runs of white space and full stops at the end are
+ignored (`normalise`). Three conditions tell whether the model looks:
+
+    real       the record's own images
+    blind      feature vectors of zeros
+    shuffled   each image replaced by another one of the set, never by itself, the same in all records that show it
+
+The report gives accuracy per condition, over all and by every key of the records' `meta` (`type`, `language`, ...).
+`majority` is what the most frequent answer of a group would reach, `real_interval` the 95 % Wilson interval of `real`,
+and `looks` holds the gaps real - blind and real - shuffled with 95 % intervals from a bootstrap over images.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from dataset.record import read_records
+from dataset.template import encode_prompt
+from inference import add_model_arguments, load_model
+from model import MultiModalModel
+from visual import load_image
+
+CONDITIONS = ("real", "blind", "shuffled")
+FEATURE_BYTES = 2**30  # features held at a time; more images than fit are worked off in chunks
+ENCODE_BATCH = 32  # images that go through the encoder at once
+MOST_GROUPS = 32  # a meta key with more different values than this is an identifier, not a group
+
+
+def evaluate(
+    model: MultiModalModel,
+    records: Iterable[dict],
+    image_root: str | Path,
+    *,
+    system: str | None = None,
+    conditions: Sequence[str] = CONDITIONS,
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    seed: int = 0,
+    predictions_file: str | Path | None = None,
+) -> dict:
+    """Report on `model` over `records`; see the top of this file.
+
+    Args:
+        model: in eval mode, with its tokenizer.
+        records: validated records that end in an assistant turn.
+        image_root: folder that the records' image paths are relative to.
+        system: text of the system turn where a record has none; None for no system turn.
+        conditions: any of `CONDITIONS`.
+        batch_size: questions per call of `generate`.
+        max_new_tokens: longest answer.
+        seed: of the order in which images replace each other.
+        predictions_file: JSON lines `{"id", "answer", "real", "blind", "shuffled", ...}`, one per record.
+
+    Raises:
+        ValueError: no records, a record that does not end in an assistant turn, or `shuffled` with only one image.
+    """
+    start = time.perf_counter()
+    model.eval()
+    questions = [make_question(record, model, system) for record in records]
+    if not questions:
+        raise ValueError("no records to evaluate")
+    substitute = substitutes(questions, seed) if "shuffled" in conditions else {}
+    seconds = {"encode": 0.0, **{condition: 0.0 for condition in conditions}}
+    bar = tqdm(total=len(questions) * len(conditions), desc="evaluating", unit="answer", disable=None)
+    for chunk in chunks(questions, seed, features_per_chunk(model)):
+        lap = time.perf_counter()
+        shown = {image for q in chunk for image in q["images"]}
+        features = encode(model, sorted(shown | {substitute[image] for image in shown if substitute}), image_root)
+        seconds["encode"] += time.perf_counter() - lap
+        for condition in conditions:
+            lap = time.perf_counter()
+            for batch in batches(chunk, batch_size):
+                rows = [features_of(q, condition, features, substitute) for q in batch]
+                for q, answer in zip(batch, answer_batch(model, batch, rows, max_new_tokens), strict=True):
+                    q[condition] = answer
+                bar.update(len(batch))
+            seconds[condition] += time.perf_counter() - lap
+    bar.close()
+    if predictions_file is not None:
+        write_predictions(questions, conditions, predictions_file)
+    report = make_report(questions, conditions)
+    report["seconds"] = {**seconds, "total": time.perf_counter() - start}
+    return report
+
+
+def make_question(record: dict, model: MultiModalModel, system: str | None) -> dict:
+    """The record's prompt as ids, the answer that is right, its images and `meta`."""
+    if record["messages"][-1]["role"] != "assistant" or len(record["messages"]) < 2:
+        raise ValueError(f"record {record['id']!r} has no assistant turn at its end, hence nothing to compare with")
+    prompt = encode_prompt(record["messages"][:-1], model.tokenizer, model.encoder.num_features, system=system)
+    answer = record["messages"][-1]["content"]
+    return {"id": record["id"], "prompt": prompt, "answer": answer, "images": record["images"], "meta": record["meta"]}
+
+
+def image_order(questions: list[dict], seed: int) -> list[str]:
+    """All different images in an order that depends on `seed` alone."""
+    images = sorted({image for q in questions for image in q["images"]})
+    random.Random(seed).shuffle(images)
+    return images
+
+
+def substitutes(questions: list[dict], seed: int) -> dict[str, str]:
+    """Image -> the image that replaces it: the next in a random circle, hence never itself.
+
+    Raises:
+        ValueError: there is only one image.
+    """
+    images = image_order(questions, seed)
+    if len(images) == 1:
+        raise ValueError(f"all records show {images[0]}; the condition 'shuffled' needs a second image")
+    return dict(zip(images, images[1:] + images[:1], strict=True))
+
+
+def features_per_chunk(model: MultiModalModel) -> int:
+    """Images whose features `[n, H]` fit in `FEATURE_BYTES`."""
+    embeddings = model.language_model.get_input_embeddings().weight
+    return max(1, FEATURE_BYTES // (model.encoder.num_features * embeddings.shape[1] * embeddings.element_size()))
+
+
+def chunks(questions: list[dict], seed: int, most_images: int) -> Iterable[list[dict]]:
+    """Questions about the same images together, and images beside their substitutes, so that each is encoded once."""
+    position = {image: i for i, image in enumerate(image_order(questions, seed))}
+    ordered = sorted(questions, key=lambda q: min((position[image] for image in q["images"]), default=-1))
+    chunk, images = [], set()
+    for q in ordered:
+        if chunk and len(images.union(q["images"])) > most_images // 2:  # substitutes take the other half
+            yield chunk
+            chunk, images = [], set()
+        chunk.append(q)
+        images.update(q["images"])
+    yield chunk
+
+
+def batches(questions: list[dict], size: int) -> list[list[dict]]:
+    """Batches of prompts of similar length, which need little padding."""
+    ordered = sorted(questions, key=lambda q: len(q["prompt"]))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+@torch.inference_mode()
+def encode(model: MultiModalModel, images: list[str], image_root: str | Path) -> dict[str, torch.Tensor]:
+    """Image path -> features `[n, H]`."""
+    features = {}
+    for start in range(0, len(images), ENCODE_BATCH):
+        paths = images[start : start + ENCODE_BATCH]
+        pixel_values = model.encoder.preprocess([load_image(Path(image_root, path)) for path in paths])
+        encoded = model.encode_images(pixel_values.to(model.device))  # [len(paths) * n, H]
+        features.update(zip(paths, encoded.unflatten(0, (len(paths), -1)), strict=True))
+    return features
+
+
+def features_of(q: dict, condition: str, features: dict[str, torch.Tensor], substitute: dict[str, str]) -> list:
+    """Features `[n, H]` of each image of a question under a condition."""
+    if condition == "shuffled":
+        return [features[substitute[image]] for image in q["images"]]
+    own = [features[image] for image in q["images"]]
+    return [torch.zeros_like(feature) for feature in own] if condition == "blind" else own
+
+
+@torch.inference_mode()
+def answer_batch(model: MultiModalModel, batch: list[dict], features: list[list], max_new_tokens: int) -> list[str]:
+    """Greedy answers to prompts with features `[n, H]` of their images."""
+    flat = [feature for row in features for feature in row]
+    ids = model.generate(
+        [q["prompt"] for q in batch],
+        features=torch.cat(flat) if flat else None,
+        generation_config=GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens),
+    )
+    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no white space around, no full stop (`.`, `。`) at the end."""
+    return " ".join(text.casefold().split()).rstrip(".。").rstrip()
+
+
+def make_report(questions: list[dict], conditions: Sequence[str]) -> dict:
+    """Accuracies of answered questions, over all and by group, and the gaps between conditions."""
+    right = {c: np.array([normalise(q[c]) == normalise(q["answer"]) for q in questions]) for c in conditions}
+    everything = np.arange(len(questions))
+    overall = cell(questions, right, everything)
+    report = {"accuracy": {c: overall[c] for c in conditions}, "n": overall["n"], "majority": overall["majority"]}
+    if "real" in conditions:
+        report["real_interval"] = overall["real_interval"]
+        report["looks"] = gaps(questions, right)
+    for name, members in groupings(questions).items():
+        report[f"by_{name}"] = {key: cell(questions, right, np.array(rows)) for key, rows in sorted(members.items())}
+    return report
+
+
+def groupings(questions: list[dict]) -> dict[str, dict[str, list[int]]]:
+    """Name of a grouping -> group -> rows: one grouping per meta key, and `type` crossed with each other key."""
+    keys = sorted({key for q in questions for key in q["meta"]})
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row, q in enumerate(questions):
+        for key, value in q["meta"].items():
+            found[key][str(value)].append(row)
+            if "type" in q["meta"] and key != "type":
+                found[f"type_{key}"][f"{q['meta']['type']}/{value}"].append(row)
+    identifiers = {key for key in keys if len(found[key]) > MOST_GROUPS}
+    return {name: groups for name, groups in found.items() if name.removeprefix("type_") not in identifiers}
+
+
+def cell(questions: list[dict], right: dict[str, np.ndarray], rows: np.ndarray) -> dict:
+    """Figures of one group."""
+    answers = Counter(normalise(questions[row]["answer"]) for row in rows)
+    figures = {condition: float(correct[rows].mean()) for condition, correct in right.items()}
+    if "real" in right:
+        figures["real_interval"] = wilson(int(right["real"][rows].sum()), len(rows))
+    return {**figures, "majority": answers.most_common(1)[0][1] / len(rows), "n": len(rows)}
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> list[float]:
+    """Wilson score interval of a share (E. B. Wilson, 1927)."""
+    p = successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)]
+
+
+def gaps(questions: list[dict], right: dict[str, np.ndarray], draws: int = 1000) -> dict:
+    """Accuracy lost without the images. Questions about one image aren't independent: whole images are resampled."""
+    cluster = {image: i for i, image in enumerate(dict.fromkeys(str(q["images"]) for q in questions))}
+    index = np.array([cluster[str(q["images"])] for q in questions])
+    counts, found = np.bincount(index), {}
+    for other in ("blind", "shuffled"):
+        if other in right:
+            difference = right["real"].astype(float) - right[other]
+            sums, random_state = np.bincount(index, difference), np.random.default_rng(0)
+            resampled = (random_state.integers(len(counts), size=len(counts)) for _ in range(draws))
+            means = [sums[rows].sum() / counts[rows].sum() for rows in resampled]
+            found[f"real_minus_{other}"] = float(difference.mean())
+            found[f"real_minus_{other}_interval"] = np.percentile(means, [2.5, 97.5]).tolist()
+    return found
+
+
+def format_report(report: dict) -> str:
+    """The report as a table: all, by type, and by type and language where records have them."""
+    conditions = list(report["accuracy"])
+    lines = [f"{'':24}" + "".join(f"{c:>10}" for c in [*conditions, "majority", "n"])]
+    rows = {"all": {**report["accuracy"], **report}}
+    for grouping in ("by_type", "by_language", "by_type_language", "by_num_objects", "by_split"):
+        rows.update({f"{grouping[3:]} {key}": figures for key, figures in report.get(grouping, {}).items()})
+    for name, figures in rows.items():
+        shares = "".join(f"{100 * figures[c]:>9.1f}%" for c in [*conditions, "majority"])
+        lines.append(f"{name:24}{shares}{figures['n']:>10}")
+    for name, gap in report.get("looks", {}).items():
+        if not name.endswith("_interval"):
+            low, high = report["looks"][f"{name}_interval"]
+            lines.append(f"{name.replace('_', ' ')}: {100 * gap:.1f} points [{100 * low:.1f}, {100 * high:.1f}]")
+    lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()))
+    return "\n".join(lines)
+
+
+def write_predictions(questions: list[dict], conditions: Sequence[str], path: str | Path) -> None:
+    keys = ("id", "images", "meta", "answer", *conditions)
+    lines = [json.dumps({key: q[key] for key in keys}, ensure_ascii=False) for q in questions]
+    write_text("\n".join(lines) + "\n", path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Writes aside, then renames."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--data", required=True, help="records: a Parquet, JSON or JSONL file, or a folder of them")
+    parser.add_argument("--image_root", default=".", help="folder that image paths are relative to")
+    parser.add_argument("--limit", type=int, help="only the first records")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=16)
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS)
+    parser.add_argument("--seed", type=int, default=0, help="of the images that replace each other")
+    parser.add_argument("--output", help="JSON file for the report")
+    parser.add_argument("--predictions", help="JSONL file for all answers")
+    arguments = parser.parse_args()
+    model, system = load_model(arguments)
+    report = evaluate(
+        model,
+        read_records(arguments.data)[: arguments.limit],
+        arguments.image_root,
+        system=system,
+        conditions=arguments.conditions,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        predictions_file=arguments.predictions,
+    )
+    print(format_report(report))
+    if arguments.output:
+        write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Answers questions about pictures, once or in a conversation.
+
+    python inference.py --checkpoint_path outputs/run --image cat.jpg --text "What is this?"
+    python inference.py --checkpoint_path outputs/run --image a.jpg b.jpg --text "What differs?" --num_beams 4
+    python inference.py --checkpoint_path outputs/run                      conversation; /image /clear /quit, Ctrl-D
+
+The answer appears token by token, except with --num_beams above 1, where it is known only at its end.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from config import read_config
+from dataset.template import encode_prompt
+from model import MultiModalModel
+from visual import load_image
+
+CHAT_HELP = "/image PATH [PATH ...] adds pictures to the next question, /clear forgets everything, /quit or Ctrl-D ends"
+
+
+class Chat:
+    """A conversation with a model: turns so far, their pictures, and pictures waiting for the next question.
+
+    Args:
+        system: text of the system turn, or None for none.
+        generation: how answers are chosen; greedy, at most 512 tokens, by default.
+    """
+
+    def __init__(self, model: MultiModalModel, system: str | None = None, generation: GenerationConfig | None = None):
+        self.model, self.system = model, system
+        self.generation = generation or GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=512)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets turns and pictures."""
+        self.messages: list[dict[str, str]] = []
+        self.features: list[torch.Tensor] = []  # of the turns so far, each [n, H]
+        self.waiting = 0  # pictures that the next question will show, the last ones of `features`
+
+    def add_image(self, path: str | Path) -> None:
+        """Shows a picture with the next question.
+
+        Raises:
+            OSError: the file can't be read as an image; names it.
+        """
+        pixel_values = self.model.encoder.preprocess([load_image(path)])  # [1, 3, H, W]
+        with torch.no_grad():
+            self.features.append(self.model.encode_images(pixel_values.to(self.model.device)))  # [n, H]
+        self.waiting += 1
+
+    def ask(self, text: str, stream: bool = True) -> str:
+        """The model's answer to `text`, written to standard output as it comes if `stream`.
+
+        `text` is plain text: nothing in it is read as a placeholder or another control token.
+        """
+        content = [part for _ in range(self.waiting) for part in ({"type": "image"}, {"type": "text", "text": "\n"})]
+        content.append({"type": "text", "text": text})
+        messages = [*self.messages, {"role": "user", "content": content}]
+        tokenizer = self.model.tokenizer
+        prompt = encode_prompt(messages, tokenizer, self.model.encoder.num_features, self.system)
+        streamer = None
+        if stream and self.generation.num_beams == 1:
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = self.model.generate(
+            torch.tensor([prompt], device=self.model.device),
+            features=torch.cat(self.features) if self.features else None,
+            streamer=streamer,
+            generation_config=self.generation,
+        )[0]
+        answer = tokenizer.decode(ids, skip_special_tokens=True)
+        if stream and streamer is None:
+            print(answer, flush=True)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self.waiting = 0
+        return answer
+
+
+def converse(chat: Chat) -> None:
+    """Reads questions and commands from standard input until it ends."""
+    print(CHAT_HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        command, *rest = line.split(maxsplit=1)[:2] or [""]
+        if command == "/quit":
+            return
+        if command == "/clear":
+            chat.clear()
+        elif command == "/image":
+            add_images(chat, shlex.split(rest[0]) if rest else [])
+        elif command.startswith("/"):
+            print(f"unknown command {command}; {CHAT_HELP}")
+        elif line:
+            chat.ask(line)
+
+
+def add_images(chat: Chat, paths: list[str]) -> None:
+    """Adds pictures; says what is wrong with a file instead of ending the conversation."""
+    for path in paths:
+        try:
+            chat.add_image(path)
+        except (OSError, ValueError) as error:
+            print(error)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that `load_model` reads."""
+    parser.add_argument("--checkpoint_path", required=True, help="folder that train.py wrote, or a checkpoint-N in it")
+    parser.add_argument("--device", help="cuda, cpu, ...; default: cuda where there is one")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="of the decoder; default: the recorded one")
+    parser.add_argument("--system", help="text of the system turn; default: the one of the training")
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[MultiModalModel, str | None]:
+    """Model in eval mode on its device, and the system text that belongs to it."""
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = MultiModalModel.from_pretrained(arguments.checkpoint_path, dtype=arguments.dtype).to(device)
+    system, config_file = arguments.system, Path(arguments.checkpoint_path, "config.yaml")
+    if system is None and config_file.exists():
+        system = read_config(config_file).data.system
+    return model, system
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--image", nargs="+", default=[], help="pictures, placed before the text")
+    parser.add_argument("--text", help="the question; without it a conversation begins")
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--do_sample", action=argparse.BooleanOptionalAction, default=False, help="draw tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="with --do_sample")
+    parser.add_argument("--top_p", type=float, default=1.0, help="with --do_sample")
+    arguments = parser.parse_args()
+    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.do_sample else {}
+    generation = GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        num_beams=arguments.num_beams,
+        do_sample=arguments.do_sample,
+        **sampling,
+    )
+    model, system = load_model(arguments)
+    chat = Chat(model, system, generation)
+    for path in arguments.image:
+        chat.add_image(path)
+    if arguments.text is not None:
+        chat.ask(arguments.text)
+    else:
+        converse(chat)
+
+
+if __name__ == "__main__":
+    main()

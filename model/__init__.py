@@ -1,0 +1,3 @@
+from model.model import MultiModalModel
+
+__all__ = ["MultiModalModel"]

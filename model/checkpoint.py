@@ -1,0 +1,230 @@
+"""Checkpoints of what is trained: adapter, projector, and where the frozen weights lie.
+
+A checkpoint folder holds
+
+    adapter_model.safetensors, adapter_config.json    LoRA in peft's format; absent for a decoder without LoRA
+    projector.safetensors                             parameters of the projector
+    kanjian.json                                      format version, arguments that rebuild the model, paths
+    tokenizer files                                   where the model has a tokenizer
+
+Frozen weights are named, not copied. A path at most two folders above the checkpoint (`outputs/name/decoder` or
+`outputs/decoder`, seen from `outputs/name` and `outputs/name/checkpoint-100`) is recorded relative to the checkpoint
+folder and begins with a dot, so `outputs` can be moved as a whole; any other local path is recorded absolute; what is
+no local path is a name and recorded as it is.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.lora import lora_config, write_lora_config
+from model.optim import trained_part
+
+if TYPE_CHECKING:
+    from model.model import MultiModalModel
+
+FORMAT = 1
+SPEC_FILE = "kanjian.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+PROJECTOR_FILE = "projector.safetensors"
+PATH_KEYS = ("path", "pretrained")  # entries of the encoder's and decoder's spec that may be places on disk
+
+
+def save_trained(model: "MultiModalModel", folder: str | Path) -> None:
+    """Writes a checkpoint into `folder`, made if need be; other files in it stay.
+
+    Files are written aside and renamed, `kanjian.json` last: a folder that has it is complete.
+
+    Raises:
+        ValueError: frozen weights have no place on disk to refer to (a merged decoder, one never saved, a folder that
+            is gone), or something is trainable that a checkpoint does not hold.
+    """
+    folder = Path(folder)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained_part(name)
+    spec = _describe(model)
+    if not spec["decoder"]["path"]:
+        raise ValueError(
+            "the decoder's weights lie in no folder that the checkpoint could name: save them with "
+            "model.language_model.save_pretrained(folder) and load the decoder from there"
+        )
+    for part, key in _paths(spec):
+        spec[part][key] = _portable(spec[part][key], folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        staged = Path(temporary)
+        if spec["adapter"]:
+            save_file(_on_cpu(_adapter_state(model.decoder)), staged / ADAPTER_FILE)
+            write_lora_config(model.decoder, staged)
+        save_file(_on_cpu(model.projector.state_dict()), staged / PROJECTOR_FILE)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(staged)
+        (staged / SPEC_FILE).write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for stale in (SPEC_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+            (folder / stale).unlink(missing_ok=True)
+        for file in sorted(staged.iterdir(), key=lambda file: file.name == SPEC_FILE):
+            os.replace(file, folder / file.name)
+
+
+def read_spec(folder: str | Path) -> dict:
+    """`kanjian.json` of a checkpoint as it stands, paths relative to the folder included.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint in `folder`.
+        ValueError: a format version that this code does not know.
+    """
+    file = Path(folder) / SPEC_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is no complete checkpoint: it has no {SPEC_FILE}")
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    if spec.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {spec.get('format')!r}, this code reads format {FORMAT}")
+    return spec
+
+
+def resolve_paths(spec: dict, folder: str | Path, **replaced: str | Path | None) -> dict:
+    """The spec of a checkpoint in `folder` with its paths made usable, or replaced (`decoder=...`, `encoder=...`).
+
+    Raises:
+        FileNotFoundError: a recorded path does not exist.
+    """
+    spec = {**spec, "decoder": dict(spec["decoder"]), "encoder": dict(spec["encoder"])}
+    for part, path in replaced.items():
+        if path is not None:
+            spec[part]["path"] = str(path)
+    for part, key in _paths(spec):
+        recorded = spec[part][key]
+        is_replaced = key == "path" and replaced.get(part) is not None
+        if is_replaced or not recorded.startswith((".", "/")):
+            continue
+        path = Path(os.path.normpath(Path(folder) / recorded))
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{Path(folder) / SPEC_FILE} names {recorded} as {part} {key}, but {path} does not exist; "
+                f"pass {part}=<where it lies now>"
+            )
+        spec[part][key] = str(path)
+    return spec
+
+
+def load_trained(model: "MultiModalModel", folder: str | Path) -> None:
+    """Loads adapter and projector of a checkpoint into a model of the same shape.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint in `folder`.
+        ValueError: the checkpoint was made for another model; lists every difference: settings, and missing,
+            unexpected and misshapen weights.
+    """
+    folder = Path(folder)
+    spec = read_spec(folder)
+    problems = _setting_differences(_describe(model), spec)
+    adapter = {}
+    if spec["adapter"]:
+        adapter = load_file(folder / ADAPTER_FILE)
+        if isinstance(model.decoder, PeftModel):
+            problems += _lora_differences(lora_config(model.decoder), LoraConfig.from_pretrained(str(folder)))
+    load_states(model, adapter, load_file(folder / PROJECTOR_FILE), source=str(folder), problems=problems)
+
+
+def load_states(
+    model: "MultiModalModel",
+    adapter: dict[str, Tensor],
+    projector: dict[str, Tensor],
+    source: str,
+    problems: list[str] | None = None,
+) -> None:
+    """Loads adapter (peft's names) and projector weights if, and only if, names and shapes are those of the model.
+
+    Raises:
+        ValueError: names `source` and lists `problems` and every missing, unexpected and misshapen weight.
+    """
+    has_adapter = isinstance(model.decoder, PeftModel)
+    problems = [
+        *(problems or []),
+        *_weight_differences("adapter", _adapter_state(model.decoder) if has_adapter else {}, adapter),
+        *_weight_differences("projector", model.projector.state_dict(), projector),
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(problems))
+    model.projector.load_state_dict(projector)
+    if has_adapter:
+        set_peft_model_state_dict(model.decoder, adapter)
+
+
+def _describe(model: "MultiModalModel") -> dict:
+    """What `kanjian.json` records, with paths as the model knows them."""
+    decoder = model.language_model
+    return {
+        "format": FORMAT,
+        "placeholder_id": model.placeholder_id,
+        "encoder": dict(model.encoder.spec),
+        "projector": dict(model.projector.spec),
+        "decoder": {"path": decoder.config._name_or_path, "dtype": str(decoder.dtype).removeprefix("torch.")},
+        "adapter": isinstance(model.decoder, PeftModel),
+        "tokenizer": model.tokenizer is not None,
+    }
+
+
+def _paths(spec: dict) -> list[tuple[str, str]]:
+    return [(part, key) for part in ("encoder", "decoder") for key in PATH_KEYS if spec[part].get(key)]
+
+
+def _portable(path: str, folder: Path) -> str:
+    """The form in which a checkpoint in `folder` records `path`; see the head of this file."""
+    if not os.path.exists(path):
+        if path.startswith((".", "/")):
+            raise ValueError(f"a checkpoint has to name {path}, where frozen weights came from, but it does not exist")
+        return path
+    relative = Path(os.path.relpath(Path(path).resolve(), folder.resolve()))
+    if relative.parts[:3] == ("..", "..", ".."):
+        return str(Path(path).resolve())
+    return relative.as_posix() if relative.parts[:1] == ("..",) else f"./{relative.as_posix()}"
+
+
+def _adapter_state(decoder: PeftModel) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(decoder, save_embedding_layers=False)
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _setting_differences(model: dict, checkpoint: dict) -> list[str]:
+    """Settings that change what the weights mean; where the frozen weights lie and their dtype may differ."""
+    free = {*PATH_KEYS, "dtype"}
+    pairs = [("", "placeholder_id"), ("", "adapter")]
+    pairs += [(part, key) for part in ("encoder", "projector") for key in model[part] | checkpoint[part]]
+    problems = []
+    for part, key in pairs:
+        ours, theirs = ((spec[part] if part else spec).get(key) for spec in (model, checkpoint))
+        if key not in free and ours != theirs:
+            problems.append(f"{part} {key}: {theirs!r} in the checkpoint, {ours!r} in the model".strip())
+    return problems
+
+
+def _lora_differences(ours: LoraConfig, theirs: LoraConfig) -> list[str]:
+    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules")
+    return [
+        f"LoRA {key}: {getattr(theirs, key)!r} in the checkpoint, {getattr(ours, key)!r} in the model"
+        for key in keys
+        if getattr(ours, key) != getattr(theirs, key)
+    ]
+
+
+def _weight_differences(part: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    problems = [f"{part}: missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{part}: unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{part}: {name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name].shape != found[name].shape
+    ]
+    return problems

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import GOLDEN
+
+from dataset.collator import Collator
+
+PAD = 99
+
+
+def sample(length: int, images: int, value: float = 0.0) -> dict:
+    pixels = torch.full((images, 3, 2, 2), value) if images else None
+    return {"input_ids": list(range(1, length + 1)), "labels": [-100] * (length - 1) + [length], "pixel_values": pixels}
+
+
+@pytest.mark.parametrize(("side", "multiple", "width"), [("right", None, 5), ("left", None, 5), ("left", 4, 8)])
+def test_padding(side, multiple, width):
+    batch = Collator(PAD, side, multiple)([sample(3, 0), sample(5, 0)])
+    fill = {"input_ids": PAD, "labels": -100, "attention_mask": 0}
+    for row, length in enumerate((3, 5)):
+        span = slice(0, length) if side == "right" else slice(width - length, width)
+        expected = {**sample(length, 0), "attention_mask": [1] * length}
+        for name, value in fill.items():
+            assert batch[name].shape == (2, width) and batch[name].dtype == torch.int64
+            assert batch[name][row, span].tolist() == expected[name]
+            rest = torch.ones(width, dtype=torch.bool)
+            rest[span] = False
+            assert (batch[name][row, rest] == value).all()
+
+
+def test_images_are_concatenated_row_by_row():
+    batch = Collator(PAD)([sample(2, 2, 1.0), sample(2, 0), sample(2, 1, 3.0)])
+    assert batch["image_counts"].tolist() == [2, 0, 1] and batch["image_counts"].dtype == torch.int64
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1.0, 1.0, 3.0]
+
+
+def test_batch_without_images_has_no_pixel_values():
+    batch = Collator(PAD)([sample(2, 0), sample(3, 0)])
+    assert batch["image_counts"].tolist() == [0, 0]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "image_counts"}
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="padding_side"):
+        Collator(PAD, "both")
+    with pytest.raises(ValueError, match="pad_token_id"):
+        Collator(None)
+
+
+@pytest.mark.parametrize(("case", "n"), [("f_siglip", 15), ("f_clip", 16)])
+def test_golden_batches(case, n):
+    """Rows of golden case f, expanded and with their end token, give its labels, and its ids where n stand for one."""
+    folder = GOLDEN / case
+    facts = json.loads((folder / "facts.json").read_text())
+    io, eod, placeholder = load_file(folder / "io.safetensors"), facts["eod_id"], facts["placeholder_id"]
+    samples = []
+    for row in facts["collate_example_inputs"]:
+        at = row["tokens"].index(placeholder)
+        ids = [*row["tokens"][:at], *[placeholder] * n, *row["tokens"][at + 1 :], eod]
+        answer = row["answer_len"] + 1
+        samples.append({
+            "input_ids": ids,
+            "labels": [-100] * (len(ids) - answer) + ids[-answer:],
+            "pixel_values": torch.zeros(1, 3, 2, 2),
+        })  # fmt: skip
+    batch = Collator(eod)(samples)
+    assert torch.equal(batch["labels"], io["labels"])
+    for ids, golden in zip(batch["input_ids"].tolist(), io["input_ids"].tolist(), strict=True):
+        at = golden.index(placeholder)
+        assert ids[:at] + [placeholder] + ids[at + n :] == golden

@@ -1,0 +1,282 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from model import MultiModalModel
+from model.checkpoint import load_trained, save_trained
+from model.legacy import load_legacy
+from model.lora import add_lora
+from qwen import MultimodalQWenLMHeadModel
+from tests.model.toy import PLACEHOLDER, pictures, prompt
+from visual import build_encoder
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def outputs(golden, tmp_path) -> Path:
+    """`outputs/decoder` and `outputs/encoder`, copies of the golden weights."""
+    shutil.copytree(golden / "llm", tmp_path / "outputs" / "decoder")
+    shutil.copytree(golden / "f_siglip" / "vision", tmp_path / "outputs" / "encoder")
+    return tmp_path / "outputs"
+
+
+def _model(outputs: Path, make_model, lora: bool = True, dtype: torch.dtype = torch.float32) -> MultiModalModel:
+    """A trained model whose frozen weights lie in `outputs`."""
+    given = make_model(lora=lora, dtype=dtype, position_embedding=True)
+    torch.nn.init.normal_(given.projector.position_embedding)
+    decoder = MultimodalQWenLMHeadModel.from_pretrained(outputs / "decoder", dtype=dtype)
+    if lora:
+        decoder = add_lora(decoder, r=4, alpha=8, targets=["c_attn", "w1", "w2"])
+        decoder.load_state_dict(given.decoder.state_dict())
+    encoder = build_encoder("siglip", str(outputs / "encoder"), dtype=dtype)
+    return MultiModalModel(encoder, given.projector, decoder, PLACEHOLDER).eval()
+
+
+@torch.no_grad()
+def _logits(model: MultiModalModel) -> torch.Tensor:
+    return model(torch.tensor([prompt(model, [3, 4], 1, [5, 6, 7])]), pixel_values=pictures(1)).logits
+
+
+def _files(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(outputs, make_model, lora, dtype):
+    model = _model(outputs, make_model, lora, dtype)
+    model.save_pretrained(outputs / "run")
+    adapter = {"adapter_model.safetensors", "adapter_config.json"} if lora else set()
+    assert _files(outputs / "run") == {"kanjian.json", "projector.safetensors"} | adapter
+    again = MultiModalModel.from_pretrained(outputs / "run")
+    assert torch.equal(_logits(again), _logits(model))
+    assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
+    assert again.language_model.dtype == dtype
+    trained = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (model, again)]
+    assert trained[0] == trained[1]
+
+
+def test_holds_what_is_trained_and_nothing_else(outputs, make_model):
+    model = _model(outputs, make_model)
+    model.save_pretrained(outputs / "run")
+    saved = {}
+    for name in ("adapter_model.safetensors", "projector.safetensors"):
+        saved |= load_file(outputs / "run" / name)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(saved) == len(trained)
+    assert sum(t.numel() for t in saved.values()) == sum(p.numel() for p in trained)
+
+
+def test_fresh_process_gives_equal_logits(outputs, make_model):
+    model = _model(outputs, make_model)
+    folder = outputs / "run" / "checkpoint-2"
+    save_trained(model, folder)
+    ids = prompt(model, [3, 4], 1, [5, 6, 7])
+    save_file({"input_ids": torch.tensor([ids]), "pixel_values": pictures(1)}, outputs / "in.safetensors")
+    script = (
+        "import sys; from safetensors.torch import load_file, save_file; from model import MultiModalModel\n"
+        "model = MultiModalModel.from_pretrained(sys.argv[1])\n"
+        "save_file({'logits': model(**load_file(sys.argv[2])).logits.detach()}, sys.argv[3])\n"
+    )
+    arguments = [folder, outputs / "in.safetensors", outputs / "out.safetensors"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True, cwd="/", env=environment)
+    assert torch.equal(load_file(outputs / "out.safetensors")["logits"], _logits(model))
+
+
+def test_plain_peft_loads_the_adapter(outputs, make_model):
+    model = _model(outputs, make_model)
+    model.save_pretrained(outputs / "run")
+    base = MultimodalQWenLMHeadModel.from_pretrained(outputs / "decoder")
+    base.config.placeholder_id = PLACEHOLDER
+    plain = PeftModel.from_pretrained(base, outputs / "run").eval()
+    ids = torch.tensor([prompt(model, [3, 4], 1, [5, 6, 7])])
+    features = model.encode_images(pictures(1))
+    assert torch.equal(plain(input_ids=ids, features=features).logits, model(ids, features=features).logits)
+
+
+@pytest.mark.parametrize("name", ["run", "run/checkpoint-2"])
+def test_outputs_can_be_moved_as_a_whole(outputs, make_model, name):
+    model = _model(outputs, make_model)
+    model.save_pretrained(outputs / name)
+    logits = _logits(model)
+    shutil.move(outputs, outputs.parent / "elsewhere")
+    assert torch.equal(_logits(MultiModalModel.from_pretrained(outputs.parent / "elsewhere" / name)), logits)
+
+
+def test_a_checkpoint_moved_alone_says_what_it_misses(outputs, make_model):
+    model = _model(outputs, make_model)
+    model.save_pretrained(outputs / "run")
+    moved = outputs.parent / "somewhere" / "else" / "run"
+    shutil.copytree(outputs / "run", moved)
+    with pytest.raises(FileNotFoundError, match=r"kanjian.json names \.\./encoder as encoder path.*pass encoder="):
+        MultiModalModel.from_pretrained(moved)
+    with pytest.raises(FileNotFoundError, match=r"names \.\./decoder as decoder path.*pass decoder="):
+        MultiModalModel.from_pretrained(moved, encoder=outputs / "encoder")
+    again = MultiModalModel.from_pretrained(moved, encoder=outputs / "encoder", decoder=outputs / "decoder")
+    assert torch.equal(_logits(again), _logits(model))
+
+
+def test_far_away_weights_are_recorded_absolute(outputs, make_model, tmp_path):
+    model = _model(outputs, make_model)
+    far = tmp_path / "a" / "b" / "c"
+    model.save_pretrained(far)
+    spec = json.loads((far / "kanjian.json").read_text())
+    assert spec["decoder"]["path"] == str((outputs / "decoder").resolve())
+    model.encoder.spec["path"] = "google/siglip-base-patch16-224"  # a name on the hub, no place on disk
+    model.save_pretrained(far)
+    assert json.loads((far / "kanjian.json").read_text())["encoder"]["path"] == "google/siglip-base-patch16-224"
+    model.encoder.spec["path"] = str(tmp_path / "gone")
+    with pytest.raises(ValueError, match="gone, where frozen weights came from, but it does not exist"):
+        model.save_pretrained(far)
+
+
+def _edit(file: Path, **changes) -> None:
+    """Removes (None) or replaces tensors of a safetensors file."""
+    state = load_file(file) | changes
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, file)
+
+
+def test_every_difference_stands_in_one_error(outputs, make_model):
+    model = _model(outputs, make_model)
+    folder = outputs / "run"
+    model.save_pretrained(folder)
+    lora_a = "base_model.model.transformer.h.0.mlp.w1.lora_A.weight"
+    lora_b = "base_model.model.transformer.h.1.mlp.w2.lora_B.weight"
+    _edit(folder / "adapter_model.safetensors", **{lora_a: None, lora_b: torch.zeros(3, 3), "more": torch.zeros(1)})
+    _edit(folder / "projector.safetensors", **{"layers.0.bias": None, "layers.1.bias": torch.zeros(2)})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        load_trained(model, folder)
+    message = str(caught.value)
+    for part in (
+        str(folder),
+        f"adapter: missing {lora_a}",
+        "adapter: unexpected more",
+        f"adapter: {lora_b} has shape [3, 3], expected [128, 4]",
+        "projector: missing layers.0.bias",
+        "projector: unexpected layers.1.bias",
+    ):
+        assert part in message
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_other_settings_are_an_error(outputs, make_model):
+    folder = outputs / "run"
+    _model(outputs, make_model).save_pretrained(folder)
+    decoder = MultimodalQWenLMHeadModel.from_pretrained(outputs / "decoder")
+    other = _model(outputs, make_model)
+    other.decoder = add_lora(decoder, r=4, alpha=16, targets=["c_attn", "w1", "w2"])
+    other.placeholder_id = 311
+    other.encoder.spec["drop_first_patch"] = True
+    with pytest.raises(ValueError) as caught:
+        load_trained(other, folder)
+    assert "LoRA lora_alpha: 8 in the checkpoint, 16 in the model" in str(caught.value)
+    assert "placeholder_id: 310 in the checkpoint, 311 in the model" in str(caught.value)
+    assert "encoder drop_first_patch: False in the checkpoint, True in the model" in str(caught.value)
+    plain = _model(outputs, make_model, lora=False)
+    with pytest.raises(ValueError, match="adapter: True in the checkpoint, False in the model"):
+        load_trained(plain, folder)
+
+
+def test_an_interrupted_save_is_seen(outputs, make_model, monkeypatch):
+    folder = outputs / "run"
+    model = _model(outputs, make_model)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(folder)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        MultiModalModel.from_pretrained(folder)
+    model.save_pretrained(folder)
+    assert not [name for name in _files(folder) if name.startswith(".")]
+    assert torch.equal(_logits(MultiModalModel.from_pretrained(folder)), _logits(model))
+
+
+def test_saving_again_replaces_and_leaves_other_files(outputs, make_model):
+    folder = outputs / "run"
+    _model(outputs, make_model).save_pretrained(folder)
+    (folder / "config.yaml").write_text("other: file\n")
+    _model(outputs, make_model, lora=False).save_pretrained(folder)
+    assert _files(folder) == {"config.yaml", "kanjian.json", "projector.safetensors"}
+    first = (folder / "kanjian.json").read_bytes()
+    _model(outputs, make_model, lora=False).save_pretrained(folder)
+    assert (folder / "kanjian.json").read_bytes() == first
+
+
+def test_unknown_format_is_an_error(outputs, make_model):
+    model = _model(outputs, make_model)
+    model.save_pretrained(outputs / "run")
+    file = outputs / "run" / "kanjian.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    with pytest.raises(ValueError, match="format 2, this code reads format 1"):
+        MultiModalModel.from_pretrained(outputs / "run")
+
+
+def test_what_a_checkpoint_cannot_hold_is_not_saved(outputs, make_model):
+    model = _model(outputs, make_model)
+    model.language_model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="lm_head.weight is trainable but neither LoRA nor projector"):
+        model.save_pretrained(outputs / "run")
+    assert not (outputs / "run").exists()
+
+
+def test_a_merged_model_is_saved_after_its_decoder(outputs, make_model):
+    model = _model(outputs, make_model).merge()
+    with pytest.raises(ValueError, match="language_model.save_pretrained"):
+        model.save_pretrained(outputs / "merged")
+    model.language_model.save_pretrained(outputs / "merged_decoder")
+    decoder = MultimodalQWenLMHeadModel.from_pretrained(outputs / "merged_decoder")
+    MultiModalModel(model.encoder, model.projector, decoder, PLACEHOLDER).save_pretrained(outputs / "merged")
+    assert torch.equal(_logits(MultiModalModel.from_pretrained(outputs / "merged")), _logits(model))
+
+
+def test_tokenizer_travels_with_the_checkpoint(outputs, make_model, small_tokenizer):
+    model = _model(outputs, make_model)
+    model.tokenizer = small_tokenizer
+    model.save_pretrained(outputs / "run")
+    again = MultiModalModel.from_pretrained(outputs / "run")
+    assert again.tokenizer.encode_plain("一只猫 and a cat") == small_tokenizer.encode_plain("一只猫 and a cat")
+    assert again._stop_tokens() == model._stop_tokens()
+
+
+def test_legacy_folder_converts(golden, outputs, legacy_model):
+    model = legacy_model("siglip")
+    model.save_pretrained(outputs / "converted")
+    again = MultiModalModel.from_pretrained(outputs / "converted")
+    assert again.encoder.spec["drop_first_patch"] is True
+    assert torch.equal(_logits(again), _logits(model))
+    keys = json.loads((golden / "f_siglip" / "keys.json").read_text())
+    assert keys  # the published names are those under which the adapter is saved
+    published = torch.load(golden / "f_siglip" / "saved" / "adapter_model.bin", weights_only=True)
+    saved = load_file(outputs / "converted" / "adapter_model.safetensors")
+    assert saved.keys() == published.keys()
+    assert all(torch.equal(saved[name], published[name]) for name in published)
+
+
+def test_legacy_folder_is_read_strictly(golden, tmp_path):
+    folder = tmp_path / "saved"
+    shutil.copytree(golden / "f_siglip" / "saved", folder)
+    encoder = build_encoder("siglip", str(golden / "f_siglip" / "vision"), drop_first_patch=True)
+    decoder = MultimodalQWenLMHeadModel.from_pretrained(golden / "llm")
+    state = torch.load(folder / "other_params.bin", weights_only=True)
+    state["0.weight"] = state["0.weight"][:, :7]
+    state["x"] = state.pop("2.weight")
+    torch.save(state, folder / "other_params.bin")
+    with pytest.raises(ValueError) as caught:
+        load_legacy(folder, encoder, decoder, PLACEHOLDER)
+    assert "missing layers.2.weight" in str(caught.value)
+    assert "unexpected layers.x" in str(caught.value)
+    assert "layers.0.weight has shape [64, 7], expected [64, 32]" in str(caught.value)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="it has no adapter_model.bin"):
+        load_legacy(folder, encoder, decoder, PLACEHOLDER)

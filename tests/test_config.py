@@ -1,0 +1,166 @@
+"""config.py: layers, overrides, and what each mistake says."""
+
+from dataclasses import replace
+
+import pytest
+
+import config
+from config import Config, ConfigError, config_differences, leaves, load_config, save_config
+
+REQUIRED = ["decoder=d", "encoder.path=e", "data.train=r.parquet", "output_dir=o"]
+
+
+def load(*arguments: str) -> Config:
+    return load_config([*REQUIRED, *arguments])
+
+
+def error(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load(*arguments)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train.lora_lr=1e-3"], ["lora_lr=1e-3"], ["--lora_lr", "1e-3"], ["--lora_lr=1e-3"], ["--train.lora_lr", "0.001"]],
+)
+def test_spellings_of_an_override_mean_the_same(arguments):
+    assert load(*arguments) == replace(load(), train=replace(load().train, lora_lr=0.001))
+
+
+@pytest.mark.parametrize("text, value", [("False", False), ("false", False), ("True", True), ("true", True)])
+def test_booleans_are_what_they_say(text, value):
+    assert load("--bf16", text).train.bf16 is value
+    assert load(f"bf16={text}").train.bf16 is value
+
+
+def test_later_arguments_win():
+    assert load("seed=1", "--seed", "2").train.seed == 2
+
+
+def test_text_is_kept_to_the_letter():
+    assert load("--system", "no").data.system == "no"
+    assert load("system=007").data.system == "007"
+    assert load("system=a=b: c").data.system == "a=b: c"
+    assert load("system=你是一位图像理解助手。").data.system == "你是一位图像理解助手。"
+    assert load("system=x", "system=null").data.system is None
+    assert load("decoder=123").model.decoder == "123"
+
+
+def test_lists_take_one_value_or_several():
+    assert load().data.train == ["r.parquet"]
+    assert load("data.train=[a,b]").data.train == ["a", "b"]
+    assert load("report_to=tensorboard").train.report_to == ["tensorboard"]
+    assert load("targets=[]").model.lora.targets == []
+
+
+def test_unknown_key_suggests_the_nearest():
+    assert "unknown key 'lora_rl' (did you mean train.lora_lr?)" in error("lora_rl=1")
+    assert "did you mean train.gradient_checkpointing?" in error("--train.gradient_checkpoint", "true")
+    assert error("zzzzzz=1").endswith("unknown key 'zzzzzz'")
+
+
+def test_ambiguous_key_lists_the_candidates():
+    assert "'kind' is ambiguous: model.encoder.kind, model.projector.kind" in error("kind=clip")
+    assert load("encoder.kind=clip").model.encoder.kind == "clip"
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("lora.r=many", "model.lora.r expects int, got 'many'"),
+        ("lora.r=1.5", "model.lora.r expects int, got 1.5"),
+        ("lora_lr=high", "train.lora_lr expects float, got 'high'"),
+        ("bf16=perhaps", "train.bf16 expects true or false, got 'perhaps'"),
+        ("encoder.kind=resnet", "model.encoder.kind expects one of clip, siglip, open_clip, timm, got 'resnet'"),
+        ("seed=null", "train.seed expects int, got None"),
+        ("save_total_limit=x", "train.save_total_limit expects int or null, got 'x'"),
+        ("data.train={a: 1}", "data.train expects a list of str"),
+        ("gradient_accumulation_steps=0", "train.gradient_accumulation_steps must be at least 1, got 0"),
+    ],
+)
+def test_wrong_type_names_key_and_expectation(argument, message):
+    assert message in error(argument)
+
+
+def test_malformed_arguments():
+    assert "neither key=value nor --key value" in error("lora_lr")
+    assert "--bf16 needs a value" in error("--bf16")
+    assert "--bf16 needs a value" in error("--bf16", "--seed", "1")
+    assert "can't parse" in error("lora.r=[1")
+
+
+def test_required_keys_are_named():
+    with pytest.raises(ConfigError, match="no value for model.decoder, model.encoder.path, data.train, train.output_d"):
+        load_config([])
+
+
+def test_yaml_extends_another_in_one_line(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("train: {seed: 1, lora_lr: 1e-3}\ndata: {train: one.parquet}\n")
+    (tmp_path / "sub/b.yaml").write_text("base: ../a.yaml\ntrain:\n  seed: 2\n")
+    (tmp_path / "sub/c.yaml").write_text("base: b.yaml\nmodel: {lora: {r: 4}}\n")
+    loaded = load_config(["--config", str(tmp_path / "sub/c.yaml"), *REQUIRED[:2], "output_dir=o", "max_steps=5"])
+    assert (loaded.train.seed, loaded.train.lora_lr, loaded.model.lora.r, loaded.train.max_steps) == (2, 1e-3, 4, 5)
+    assert loaded.data.train == ["one.parquet"]
+
+
+def test_mistakes_in_yaml_name_the_file(tmp_path):
+    def yaml_error(text: str) -> str:
+        (tmp_path / "x.yaml").write_text(text)
+        return error("--config", str(tmp_path / "x.yaml"))
+
+    assert "x.yaml: unknown key 'train.sed' (did you mean train.seed?)" in yaml_error("train: {sed: 1}")
+    assert "x.yaml: unknown key 'lora' (did you mean" in yaml_error("lora: {r: 1}")
+    assert "x.yaml: train.seed expects int, got 'a'" in yaml_error("train: {seed: a}")
+    assert "x.yaml: train is a group of keys, not a value; got 3" in yaml_error("train: 3")
+    assert "not a YAML mapping" in yaml_error("train: [")
+    assert "expected a mapping" in yaml_error("- 1")
+    assert "form a circle" in yaml_error("base: x.yaml")
+    assert "y.yaml: no such configuration file" in yaml_error("base: y.yaml")
+
+
+def test_saved_config_loads_to_the_same(tmp_path):
+    original = load("lora_lr=1e-5", "system=a: b", "report_to=[wandb]", "save_total_limit=null")
+    save_config(original, tmp_path / "config.yaml")
+    assert config.read_config(tmp_path / "config.yaml") == original
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+
+def test_differences_leave_out_what_does_not_touch_the_weights(tmp_path):
+    save_config(load(), tmp_path / "config.yaml")
+    assert config_differences(load("num_workers=3", "output_dir=p", "overwrite=true"), tmp_path / "config.yaml") == []
+    assert config_differences(load("seed=3"), tmp_path / "config.yaml") == ["train.seed: 42 -> 3"]
+
+
+def test_every_key_has_a_comment_and_help_prints_it(capsys):
+    comments = config.comments()
+    assert list(comments) == list(leaves())
+    assert all(comments.values())
+    with pytest.raises(SystemExit) as exit_:
+        load_config(["--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "model.lora.r = 128\n    rank; 0: no adapter" in printed
+    assert "model.decoder = (required)" in printed
+
+
+def test_free_and_bounded_keys_exist():
+    assert config.FREE_KEYS <= set(leaves())
+    assert set(config.AT_LEAST_ONE) <= set(leaves())
+
+
+def test_shipped_configs_load(request):
+    files = sorted((request.config.rootpath / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert config.read_config(file).train.output_dir == f"outputs/{file.stem}"
+
+
+def test_experiments_differ_in_the_encoder_alone(request):
+    folder = request.config.rootpath / "configs"
+    siglip, clip = (config.read_config(folder / f"qwen7b_{name}.yaml") for name in ("siglip", "clip"))
+    assert clip.model.encoder.path == "openai/clip-vit-large-patch14"
+    assert replace(clip.model, encoder=siglip.model.encoder) == siglip.model
+    assert replace(clip.train, output_dir=siglip.train.output_dir) == siglip.train
+    assert clip.data == siglip.data

@@ -1,0 +1,130 @@
+"""What holds for every kind of encoder."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from visual import ENCODERS, VisionEncoder, build_encoder
+
+
+@pytest.fixture(scope="module")
+def arguments(folders, tmp_path_factory):
+    """Arguments of `build_encoder` for encoders with dropout, batch norm and a class token among them."""
+    folder = tmp_path_factory.mktemp("timm")
+    for name in ("test_vit", "test_resnet"):
+        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+    return {
+        "clip": {"kind": "clip", "path": folders["clip"], "layer": "penultimate"},
+        "siglip": {"kind": "siglip", "path": folders["siglip"], "drop_first_patch": True},
+        "vit": {"kind": "timm", "path": "test_vit", "pretrained": folder / "test_vit.safetensors"},
+        "resnet": {"kind": "timm", "path": "test_resnet", "pretrained": folder / "test_resnet.safetensors"},
+    }
+
+
+NAMES = ["clip", "siglip", "vit", "resnet"]
+
+
+def pixels(encoder, n=2):
+    return torch.randn(n, 3, *encoder.image_size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_those_of_a_real_forward(arguments, name):
+    encoder = build_encoder(**arguments[name])
+    for n in (1, 3):
+        assert encoder(pixels(encoder, n)).shape == (n, encoder.num_features, encoder.width)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen(arguments, name):
+    encoder = build_encoder(**arguments[name])
+    assert not any(p.requires_grad for p in encoder.parameters())
+    before = {n: t.clone() for n, t in encoder.state_dict().items()}
+    outer = torch.nn.Sequential(encoder).train()
+    assert outer.training and not any(m.training for m in encoder.modules())
+    x = pixels(encoder).requires_grad_()
+    assert not outer(x).requires_grad
+    for n, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, before[n]), n  # batch statistics too
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_does_not_depend_on_its_batch(arguments, name):
+    encoder = build_encoder(**arguments[name])
+    x = pixels(encoder, 3)
+    torch.testing.assert_close(encoder(x)[1:2], encoder(x[1:2]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spec_is_json_and_rebuilds_the_encoder(arguments, name):
+    encoder = build_encoder(**arguments[name])
+    again = build_encoder(**json.loads(json.dumps(encoder.spec)))
+    assert again.spec == encoder.spec
+    assert torch.equal(again(pixels(encoder)), encoder(pixels(encoder)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_dtype(arguments, name, dtype):
+    encoder = build_encoder(**arguments[name], dtype=dtype)
+    assert all(p.dtype == torch.bfloat16 for p in encoder.parameters())
+    assert encoder.spec["dtype"] == "bfloat16"
+    features = encoder(pixels(encoder))
+    assert features.dtype == torch.bfloat16
+    full = build_encoder(**arguments[name])(pixels(encoder))
+    assert torch.nn.functional.cosine_similarity(features.float().flatten(), full.flatten(), dim=0) > 0.99
+
+
+def test_float32_is_the_default_whatever_the_file_holds(folders, tmp_path):
+    half = build_encoder("siglip", folders["siglip"], dtype="float16")
+    half.backbone.save_pretrained(tmp_path)
+    encoder = build_encoder("siglip", tmp_path)
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_pickles(arguments, name):
+    encoder = build_encoder(**arguments[name])
+    expected = encoder(pixels(encoder))
+    for again in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert again.num_features == encoder.num_features
+        assert torch.equal(again(pixels(encoder)), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40, 32), (2, 1, 32, 32), (3, 32, 32)])
+def test_pixel_values_of_another_shape(arguments, shape):
+    encoder = build_encoder(**arguments["siglip"])
+    with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\].*\(32, 32\)"):
+        encoder(torch.zeros(shape))
+
+
+def test_kinds():
+    assert list(ENCODERS) == ["clip", "siglip", "open_clip", "timm"]
+    with pytest.raises(ValueError, match="unknown encoder kind 'clipp'; known: clip, siglip, open_clip, timm"):
+        build_encoder("clipp", "x")
+
+
+def test_options_that_a_kind_does_not_have(folders):
+    for kind, option in [
+        ("siglip", {"drop_class_token": True}),
+        ("siglip", {"pretrained": "x"}),
+        ("clip", {"drop_first_patch": True}),
+        ("clip", {"pretrained": "x"}),
+    ]:
+        with pytest.raises(ValueError, match=f"{kind!r} has no use for {next(iter(option))}"):
+            build_encoder(kind, folders[kind], **option)
+    with pytest.raises(ValueError, match='"last" or "penultimate"'):
+        build_encoder("clip", folders["clip"], layer="second")
+    for dtype in ("float33", "int8", "nn"):
+        with pytest.raises(ValueError, match="floating-point"):
+            build_encoder("clip", folders["clip"], dtype=dtype)
+
+
+def test_a_backbone_without_features_is_an_error():
+    with pytest.raises(ValueError, match="Identity gives no features"):
+        VisionEncoder(torch.nn.Identity(), lambda backbone, x: backbone(x), (8, 8), lambda: None)

@@ -1,0 +1,347 @@
+"""The training loop: `transformers.Trainer` with the optimizer groups, loss, batches and checkpoints of this project.
+
+What is changed, and why:
+
+* Loss: sum over supervised tokens / their number in the global batch (all micro-batches, all processes).
+* Batches: their order depends on seed and epoch alone, so that a resumed run sees what it would have seen.
+* Checkpoints: only trained weights, written beside and then renamed, so that a folder `checkpoint-N` is complete.
+* Logs: samples/s, supervised tokens/s, seconds spent waiting for data and computing.
+* Validation: mean over tokens, not over batches.
+* A gradient that is not finite ends the run.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from config import Config, config_differences, save_config
+from dataset.sampler import GlobalBatchSampler
+from model.checkpoint import load_trained, save_trained
+from model.optim import parameter_groups
+
+UNFINISHED = ".unfinished"  # checkpoints are written in here and moved out when complete
+PENDING_LOSS = "pending_loss.json"  # loss summed since the last log line
+CONFIG_FILE = "config.yaml"
+
+
+class VLMTrainer(Trainer):
+    """Trains what is trainable in a `MultiModalModel`, as `config` says.
+
+    Args:
+        model: the model; its parameters with `requires_grad` are trained and saved.
+        train_dataset, eval_dataset: `RecordDataset` or alike: map-style, with `.lengths`. `eval_dataset` may be None.
+        collator: list of samples -> batch with `input_ids` and `labels` `[B, T]`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        train_dataset,
+        eval_dataset,
+        collator,
+        args: TrainingArguments | None = None,
+    ):
+        self.config = config
+        self.speed = Speed()
+        self.rates: dict[str, float] = {}  # learning rates of the last optimizer step
+        self.resumed_from: str | None = None
+        super().__init__(
+            model=model,
+            args=args or training_arguments(config),
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
+        self.add_callback(LoopCallback(self))
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            c = self.config.train
+            groups = parameter_groups(self.model, c.lora_lr, c.projector_lr, c.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                groups, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon, fused=True
+            )
+        return self.optimizer
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient of step {self.state.global_step + 1} is not finite (norm {float(grad_norm)}, loss "
+                f"{float(self._tr_loss)} since the last log line); nothing was updated. Lower train.lora_lr and "
+                "train.projector_lr or lengthen train.warmup_steps; the same command with other values starts over "
+                "when train.overwrite=true is added."
+            )
+        return grad_norm
+
+    # Batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        c = self.config.train
+        self.batch_sampler = GlobalBatchSampler(
+            self.train_dataset.lengths,
+            c.per_device_train_batch_size,
+            accumulation=c.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            strategy=c.train_sampling_strategy,
+            seed=c.seed,
+        )
+        return self._loader(self.train_dataset, self.batch_sampler)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Every sample once over all processes, in batches of similar length."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        order = sorted(range(len(dataset)), key=lambda i: -dataset.lengths[i])
+        own, size = order[self.args.process_index :: self.args.world_size], self.args.per_device_eval_batch_size
+        return self._loader(dataset, [own[start : start + size] for start in range(0, len(own), size)])
+
+    def _loader(self, dataset, batches) -> DataLoader:
+        # With a generator of its own the loader takes nothing from the global one, which dropout draws from.
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        start = time.perf_counter()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_items = num_items.clamp(min=1)  # 0 only if every record of the batch was skipped for its image
+        self.speed.batch(time.perf_counter() - start, sum(len(batch["labels"]) for batch in batches), num_items)
+        return batches, num_items
+
+    # Validation
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Loss per supervised token over the whole data set, whatever its division into batches and processes."""
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        totals = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
+        for batch in dataloader:
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            with torch.no_grad(), self.accelerator.autocast():
+                loss = self.model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
+            totals += torch.tensor([float(loss), tokens], dtype=torch.float64)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss, tokens = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and "eval_loss" not in logs:
+            del logs["learning_rate"]  # that of the first group alone
+            logs.update(self.rates)
+            logs.update(self.speed.report(self.args.world_size))
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
+        """Writes all that resuming needs into a folder beside and renames it to `checkpoint-<step>` when complete."""
+        output_dir = Path(self.args.output_dir)
+        unfinished, folder = output_dir / UNFINISHED, output_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        pending = {
+            "loss": self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(),
+            "last_logged_step": self._globalstep_last_logged,
+        }
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(unfinished), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(unfinished))
+        self._save_rng_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (unfinished / PENDING_LOSS).write_text(json.dumps(pending))
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Writes trained weights, tokenizer and configuration; the frozen weights stay where they came from."""
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            os.makedirs(folder, exist_ok=True)
+            save_trained(self.model, folder)
+            save_config(self.config, os.path.join(folder, CONFIG_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.model, resume_from_checkpoint)
+        self.resumed_from = resume_from_checkpoint
+
+    def finish(self) -> None:
+        """Writes the trained weights into the output folder itself and, last, the log, which marks it as finished."""
+        self.save_model()
+        if self.args.should_save:
+            log = Path(self.args.output_dir, TRAINER_STATE_NAME)
+            self.state.save_to_json(f"{log}.tmp")
+            os.replace(f"{log}.tmp", log)
+        self.accelerator.wait_for_everyone()
+
+
+def resume_point(config: Config, main_process: bool = True) -> Path | None:
+    """Newest checkpoint of an unfinished run in `train.output_dir`, or None for a fresh start.
+
+    The main process also clears the folder if `train.overwrite` is set and records the configuration there.
+
+    Raises:
+        RunError: the folder holds a finished run, a run with another configuration, or checkpoints of nobody knows
+            what.
+    """
+    folder = Path(config.train.output_dir)
+    if main_process and config.train.overwrite:
+        remove_run(folder)
+    checkpoints = complete_checkpoints(folder)
+    saved = folder / CONFIG_FILE
+    finished = (folder / TRAINER_STATE_NAME).exists()
+    if checkpoints or finished:
+        if not saved.exists():
+            raise RunError(f"{folder} holds checkpoints but no {CONFIG_FILE}; choose another train.output_dir")
+        if changed := config_differences(config, saved):
+            raise RunError(
+                f"{folder} holds a run with another configuration:\n  " + "\n  ".join(changed)
+                + "\nChoose another train.output_dir, or start over with train.overwrite=true"
+            )
+        if finished:
+            raise RunError(f"{folder} holds a finished run of this configuration; train.overwrite=true trains again", 0)
+    if main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+    return checkpoints[-1] if checkpoints else None
+
+
+class RunError(RuntimeError):
+    """The output folder doesn't allow this run; the message says why. `status` is the exit status of the script."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints from oldest to newest, those left out that lack a file that resuming needs."""
+    needed = (TRAINER_STATE_NAME, PENDING_LOSS, "optimizer.pt", "scheduler.pt", "kanjian.json", CONFIG_FILE)
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    complete = [path for path in numbered if all((path / name).exists() for name in needed)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def remove_run(folder: Path) -> None:
+    """Deletes what a run writes into its output folder and nothing else."""
+    for path in [folder / UNFINISHED, *folder.glob("checkpoint-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (TRAINER_STATE_NAME, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+class LoopCallback(TrainerCallback):
+    """Hooks of the loop that the Trainer offers only to callbacks."""
+
+    def __init__(self, trainer: VLMTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer.speed = Speed()
+        if trainer.resumed_from is not None:
+            pending = json.loads(Path(trainer.resumed_from, PENDING_LOSS).read_text())
+            trainer._tr_loss += pending["loss"]
+            trainer._globalstep_last_logged = trainer._initial_global_step = pending["last_logged_step"]
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        steps = math.ceil(len(self.trainer.batch_sampler) / args.gradient_accumulation_steps)
+        self.trainer.batch_sampler.epoch = state.global_step // steps
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        groups = self.trainer.optimizer.param_groups
+        self.trainer.rates = {f"{group['name'].partition('_')[0]}_lr": group["lr"] for group in groups}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.speed.step_done()
+
+
+class Speed:
+    """Time and amount of work since the last report; validation and checkpoints are not counted."""
+
+    def __init__(self):
+        self.waiting = self.computing = 0.0  # seconds
+        self.samples, self.tokens = 0, 0  # of this process; of all processes
+        self._ready = time.perf_counter()
+
+    def batch(self, seconds: float, samples: int, tokens) -> None:
+        """A batch has come after `seconds` of waiting."""
+        self.waiting += seconds
+        self.samples += samples
+        self.tokens += tokens
+        self._ready = time.perf_counter()
+
+    def step_done(self) -> None:
+        self.computing += time.perf_counter() - self._ready
+
+    def report(self, world_size: int) -> dict[str, float]:
+        """Figures since the last call."""
+        seconds = max(self.waiting + self.computing, 1e-9)
+        figures = {
+            "samples_per_second": self.samples * world_size / seconds,
+            "supervised_tokens_per_second": float(self.tokens) / seconds,
+            "seconds_waiting_for_data": self.waiting,
+            "seconds_computing": self.computing,
+        }
+        self.__init__()
+        return {name: round(value, 3) for name, value in figures.items()}
+
+
+def training_arguments(config: Config) -> TrainingArguments:
+    """Settings of the Trainer. Starts the process group under `torchrun`."""
+    c = config.train
+    args = TrainingArguments(
+        output_dir=c.output_dir,
+        seed=c.seed,
+        num_train_epochs=c.num_train_epochs,
+        max_steps=c.max_steps,
+        per_device_train_batch_size=c.per_device_train_batch_size,
+        per_device_eval_batch_size=c.per_device_eval_batch_size,
+        gradient_accumulation_steps=c.gradient_accumulation_steps,
+        lr_scheduler_type=c.lr_scheduler_type,
+        warmup_steps=c.warmup_steps,
+        max_grad_norm=c.max_grad_norm,
+        bf16=c.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=c.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if config.data.validation else "no",
+        eval_steps=c.eval_steps,
+        save_steps=c.save_steps,
+        save_total_limit=c.save_total_limit,
+        report_to=c.report_to or "none",
+        remove_unused_columns=False,
+        dataloader_num_workers=config.data.num_workers,
+        activation_checkpointing=c.gradient_checkpointing,
+        ddp_find_unused_parameters=False,  # the model puts every trainable parameter into the graph of every batch
+        ddp_broadcast_buffers=False,  # all processes fill theirs alike
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for torchrun; DataParallel would cut batches between images
+    return args
