@@ -130,8 +130,8 @@ def leaves(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def load_config(argv: list[str]) -> Config:
-    """Configuration from command-line arguments (see the top of this file).
+def load_config(argv: list[str], schema: type = Config) -> Any:
+    """Configuration from command-line arguments (see the top of this file), an object of the dataclass `schema`.
 
     `--help` prints every key with its default and meaning and exits.
 
@@ -139,14 +139,14 @@ def load_config(argv: list[str]) -> Config:
         ConfigError: unknown, ambiguous or missing key, wrong type, unreadable YAML file.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text())
+        print(help_text(schema))
         sys.exit(0)
-    config_file, overrides = parse_arguments(argv)
-    merged = OmegaConf.structured(Config)
-    for source, values in [*yaml_layers(config_file), *overrides]:
+    config_file, overrides = parse_arguments(argv, schema)
+    merged = OmegaConf.structured(schema)
+    for source, values in [*yaml_layers(config_file, schema), *overrides]:
         for key, value in values.items():
-            merged = merge_value(merged, key, value, source)
-    return finish(merged)
+            merged = merge_value(merged, key, value, source, schema)
+    return finish(merged, schema)
 
 
 def read_config(path: str | Path) -> Config:
@@ -154,7 +154,7 @@ def read_config(path: str | Path) -> Config:
     return load_config(["--config", str(path)])
 
 
-def parse_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, dict[str, Any]]]]:
+def parse_arguments(argv: list[str], schema: type = Config) -> tuple[str | None, list[tuple[str, dict[str, Any]]]]:
     """Splits arguments into the `--config` file and `(source, {dotted path: value})` pairs, in order."""
     config_file, overrides = None, []
     rest = list(argv)
@@ -172,14 +172,14 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, dict[s
                 raise ConfigError("--config is given twice; let one file extend the other with a `base:` line")
             config_file = text
         else:
-            path = resolve_key(key, "command line")
-            overrides.append(("command line", {path: parse_text(text, leaves()[path])}))
+            path = resolve_key(key, "command line", schema)
+            overrides.append(("command line", {path: parse_text(text, leaves(schema)[path])}))
     return config_file, overrides
 
 
-def resolve_key(key: str, source: str) -> str:
+def resolve_key(key: str, source: str, schema: type = Config) -> str:
     """Dotted path of the only value whose path is `key` or ends in `.key`."""
-    paths = leaves()
+    paths = leaves(schema)
     if key in paths:
         return key
     matches = [path for path in paths if path.endswith("." + key)]
@@ -214,7 +214,7 @@ def is_list(kind: Any) -> bool:
     return typing.get_origin(kind) is list
 
 
-def yaml_layers(path: str | None) -> list[tuple[str, dict[str, Any]]]:
+def yaml_layers(path: str | None, schema: type = Config) -> list[tuple[str, dict[str, Any]]]:
     """`(file name, {dotted path: value})` of a YAML file and all that it extends, the most basic first."""
     layers, seen = [], []
     while path is not None:
@@ -231,14 +231,14 @@ def yaml_layers(path: str | None) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a mapping of keys to values")
         base = content.pop("base", None)
-        layers.append((path, flatten(content, path)))
+        layers.append((path, flatten(content, path, schema)))
         path = None if base is None else os.path.join(os.path.dirname(path), base)
     return layers[::-1]
 
 
-def flatten(content: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+def flatten(content: dict[str, Any], source: str, schema: type = Config, prefix: str = "") -> dict[str, Any]:
     """Nested YAML mapping -> {dotted path: value}; refuses what is no key of the configuration."""
-    paths, flat = leaves(), {}
+    paths, flat = leaves(schema), {}
     for name, value in content.items():
         path = f"{prefix}{name}"
         if path in paths:
@@ -246,15 +246,15 @@ def flatten(content: dict[str, Any], source: str, prefix: str = "") -> dict[str,
         elif any(known.startswith(path + ".") for known in paths):
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {path} is a group of keys, not a value; got {value!r}")
-            flat.update(flatten(value, source, path + "."))
+            flat.update(flatten(value, source, schema, path + "."))
         else:
             raise ConfigError(f"{source}: unknown key {path!r}{suggestion(path, paths)}")
     return flat
 
 
-def merge_value(config: Any, key: str, value: Any, source: str) -> Any:
+def merge_value(config: Any, key: str, value: Any, source: str, schema: type = Config) -> Any:
     """`config` with one value replaced; a single value stands for a list of one."""
-    kind = leaves()[key]
+    kind = leaves(schema)[key]
     if is_list(kind) and not isinstance(value, list):
         value = [] if value is None else [value]
     try:
@@ -279,13 +279,13 @@ def type_text(kind: Any) -> str:
     return kind.__name__
 
 
-def finish(merged: Any) -> Config:
-    """Plain `Config` object; complains about required keys without a value and about numbers out of range."""
-    missing = [key for key in leaves() if key in OmegaConf.missing_keys(merged)]
+def finish(merged: Any, schema: type = Config) -> Any:
+    """Plain `schema` object; complains about required keys without a value and about numbers out of range."""
+    missing = [key for key in leaves(schema) if key in OmegaConf.missing_keys(merged)]
     if missing:
         raise ConfigError(f"no value for {', '.join(missing)}; set it in the YAML file or as {missing[0]}=...")
     config = OmegaConf.to_object(merged)
-    for key in AT_LEAST_ONE:
+    for key in AT_LEAST_ONE if schema is Config else ():
         if OmegaConf.select(merged, key) < 1:
             raise ConfigError(f"{key} must be at least 1, got {OmegaConf.select(merged, key)}")
     return config
@@ -317,20 +317,21 @@ def flat_values(node: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def help_text() -> str:
-    """Every key with its default and the comment that stands behind it in this file."""
-    defaults, lines = flat_values(OmegaConf.structured(Config)), [__doc__.strip(), ""]
-    for key, comment in comments().items():
+def help_text(schema: type = Config) -> str:
+    """Every key with its default and the comment that stands behind it in the dataclass."""
+    defaults, lines = flat_values(OmegaConf.structured(schema)), [__doc__.strip(), ""]
+    for key, comment in comments(schema).items():
         default = "(required)" if defaults[key] == MISSING else "null" if defaults[key] is None else defaults[key]
         lines.append(f"{key} = {default}\n    {comment}")
     return "\n".join(lines)
 
 
 def comments(cls: type = Config, prefix: str = "") -> dict[str, str]:
-    """Dotted path -> trailing comment of its line in this file."""
+    """Dotted path -> trailing comment of its line in the source, inherited lines first."""
     found: dict[str, str] = {}
     types = typing.get_type_hints(cls)
-    for line in inspect.getsource(cls).splitlines():
+    sources = [inspect.getsource(kind) for kind in reversed(cls.__mro__) if dataclasses.is_dataclass(kind)]
+    for line in "\n".join(sources).splitlines():
         match = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
         if match and dataclasses.is_dataclass(types[match[1]]):
             found.update(comments(types[match[1]], f"{prefix}{match[1]}."))

@@ -28,11 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
 from dataset.record import read_records
 from dataset.template import encode_prompt
-from inference import add_model_arguments, load_model
+from inference import GREEDY, add_model_arguments, load_model
 from model import MultiModalModel
 from visual import load_image
 
@@ -180,7 +179,8 @@ def answer_batch(model: MultiModalModel, batch: list[dict], features: list[list]
     ids = model.generate(
         [q["prompt"] for q in batch],
         features=torch.cat(flat) if flat else None,
-        generation_config=GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens),
+        max_new_tokens=max_new_tokens,
+        **GREEDY,
     )
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

@@ -12,13 +12,15 @@ import shlex
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import TextStreamer
 
 from config import read_config
 from dataset.template import encode_prompt
 from model import MultiModalModel
 from visual import load_image
 
+# The decoder's own generation settings, such as Qwen-7B-Chat's sampling with top_p 0.8, are not used.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0}
 CHAT_HELP = "/image PATH [PATH ...] adds pictures to the next question, /clear forgets everything, /quit or Ctrl-D ends"
 
 
@@ -27,12 +29,12 @@ class Chat:
 
     Args:
         system: text of the system turn, or None for none.
-        generation: how answers are chosen; greedy, at most 512 tokens, by default.
+        generation: arguments of transformers' `generate`; by default the answer is greedy and ends after 512 tokens.
     """
 
-    def __init__(self, model: MultiModalModel, system: str | None = None, generation: GenerationConfig | None = None):
+    def __init__(self, model: MultiModalModel, system: str | None = None, **generation):
         self.model, self.system = model, system
-        self.generation = generation or GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=512)
+        self.generation = {**GREEDY, "max_new_tokens": 512, **generation}
         self.clear()
 
     def clear(self) -> None:
@@ -63,13 +65,13 @@ class Chat:
         tokenizer = self.model.tokenizer
         prompt = encode_prompt(messages, tokenizer, self.model.encoder.num_features, self.system)
         streamer = None
-        if stream and self.generation.num_beams == 1:
+        if stream and self.generation["num_beams"] == 1:
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = self.model.generate(
             torch.tensor([prompt], device=self.model.device),
             features=torch.cat(self.features) if self.features else None,
             streamer=streamer,
-            generation_config=self.generation,
+            **self.generation,
         )[0]
         answer = tokenizer.decode(ids, skip_special_tokens=True)
         if stream and streamer is None:
@@ -140,15 +142,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="with --do_sample")
     parser.add_argument("--top_p", type=float, default=1.0, help="with --do_sample")
     arguments = parser.parse_args()
-    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.do_sample else {}
-    generation = GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        num_beams=arguments.num_beams,
-        do_sample=arguments.do_sample,
-        **sampling,
-    )
     model, system = load_model(arguments)
-    chat = Chat(model, system, generation)
+    names = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
+    chat = Chat(model, system, **{name: getattr(arguments, name) for name in names})
     for path in arguments.image:
         chat.add_image(path)
     if arguments.text is not None:

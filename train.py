@@ -25,7 +25,8 @@ from model.optim import parameter_groups
 from model.projector import build_projector
 from model.table import module_table
 from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
-from training import RunError, VLMTrainer, resume_point, training_arguments
+from run_folder import RunError, resume_point
+from training import VLMTrainer, training_arguments
 from visual import build_encoder
 
 

@@ -10,11 +10,13 @@ What is changed, and why:
 * A gradient that is not finite ends the run.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,14 +26,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from config import Config, config_differences, save_config
+from config import Config, save_config
 from dataset.sampler import GlobalBatchSampler
 from model.checkpoint import load_trained, save_trained
 from model.optim import parameter_groups
-
-UNFINISHED = ".unfinished"  # checkpoints are written in here and moved out when complete
-PENDING_LOSS = "pending_loss.json"  # loss summed since the last log line
-CONFIG_FILE = "config.yaml"
+from run_folder import CONFIG_FILE, PROGRESS, UNFINISHED, RunError
 
 
 class VLMTrainer(Trainer):
@@ -55,7 +54,7 @@ class VLMTrainer(Trainer):
         self.config = config
         self.speed = Speed()
         self.rates: dict[str, float] = {}  # learning rates of the last optimizer step
-        self.resumed_from: str | None = None
+        self.progress: dict | None = None  # of the checkpoint that this run continues
         super().__init__(
             model=model,
             args=args or training_arguments(config),
@@ -163,9 +162,10 @@ class VLMTrainer(Trainer):
         unfinished, folder = output_dir / UNFINISHED, output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
-        pending = {
-            "loss": self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(),
+        progress = {
+            "loss_since_log": self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(),
             "last_logged_step": self._globalstep_last_logged,
+            **self.circumstances,
         }
         self.accelerator.wait_for_everyone()
         self.save_model(str(unfinished), _internal_call=True)
@@ -173,7 +173,7 @@ class VLMTrainer(Trainer):
         self._save_rng_state(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (unfinished / PENDING_LOSS).write_text(json.dumps(pending))
+            (unfinished / PROGRESS).write_text(json.dumps(progress))
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
@@ -188,9 +188,22 @@ class VLMTrainer(Trainer):
             save_trained(self.model, folder)
             save_config(self.config, os.path.join(folder, CONFIG_FILE))
 
+    @cached_property
+    def circumstances(self) -> dict[str, int | str]:
+        """What the sequence of batches depends on beside the configuration."""
+        lengths = json.dumps(self.train_dataset.lengths).encode()
+        return {"processes": self.args.world_size, "sample_lengths": hashlib.sha256(lengths).hexdigest()}
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        progress = json.loads(Path(resume_from_checkpoint, PROGRESS).read_text())
+        for name, value in self.circumstances.items():
+            if progress[name] != value:
+                raise RunError(
+                    f"{resume_from_checkpoint} can't be continued: {name.replace('_', ' ')} then {progress[name]}, now "
+                    f"{value}; restore it, or start over with train.overwrite=true"
+                )
         load_trained(self.model, resume_from_checkpoint)
-        self.resumed_from = resume_from_checkpoint
+        self.progress = progress
 
     def finish(self) -> None:
         """Writes the trained weights into the output folder itself and, last, the log, which marks it as finished."""
@@ -202,61 +215,6 @@ class VLMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def resume_point(config: Config, main_process: bool = True) -> Path | None:
-    """Newest checkpoint of an unfinished run in `train.output_dir`, or None for a fresh start.
-
-    The main process also clears the folder if `train.overwrite` is set and records the configuration there.
-
-    Raises:
-        RunError: the folder holds a finished run, a run with another configuration, or checkpoints of nobody knows
-            what.
-    """
-    folder = Path(config.train.output_dir)
-    if main_process and config.train.overwrite:
-        remove_run(folder)
-    checkpoints = complete_checkpoints(folder)
-    saved = folder / CONFIG_FILE
-    finished = (folder / TRAINER_STATE_NAME).exists()
-    if checkpoints or finished:
-        if not saved.exists():
-            raise RunError(f"{folder} holds checkpoints but no {CONFIG_FILE}; choose another train.output_dir")
-        if changed := config_differences(config, saved):
-            raise RunError(
-                f"{folder} holds a run with another configuration:\n  " + "\n  ".join(changed)
-                + "\nChoose another train.output_dir, or start over with train.overwrite=true"
-            )
-        if finished:
-            raise RunError(f"{folder} holds a finished run of this configuration; train.overwrite=true trains again", 0)
-    if main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, saved)
-    return checkpoints[-1] if checkpoints else None
-
-
-class RunError(RuntimeError):
-    """The output folder doesn't allow this run; the message says why. `status` is the exit status of the script."""
-
-    def __init__(self, message: str, status: int = 1):
-        super().__init__(message)
-        self.status = status
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints from oldest to newest, those left out that lack a file that resuming needs."""
-    needed = (TRAINER_STATE_NAME, PENDING_LOSS, "optimizer.pt", "scheduler.pt", "kanjian.json", CONFIG_FILE)
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    complete = [path for path in numbered if all((path / name).exists() for name in needed)]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def remove_run(folder: Path) -> None:
-    """Deletes what a run writes into its output folder and nothing else."""
-    for path in [folder / UNFINISHED, *folder.glob("checkpoint-*")]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (TRAINER_STATE_NAME, CONFIG_FILE):
-        (folder / name).unlink(missing_ok=True)
-
-
 class LoopCallback(TrainerCallback):
     """Hooks of the loop that the Trainer offers only to callbacks."""
 
@@ -266,10 +224,9 @@ class LoopCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         trainer.speed = Speed()
-        if trainer.resumed_from is not None:
-            pending = json.loads(Path(trainer.resumed_from, PENDING_LOSS).read_text())
-            trainer._tr_loss += pending["loss"]
-            trainer._globalstep_last_logged = trainer._initial_global_step = pending["last_logged_step"]
+        if trainer.progress is not None:
+            trainer._tr_loss += trainer.progress["loss_since_log"]
+            trainer._globalstep_last_logged = trainer._initial_global_step = trainer.progress["last_logged_step"]
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         steps = math.ceil(len(self.trainer.batch_sampler) / args.gradient_accumulation_steps)

@@ -2,6 +2,15 @@
 
     python -m dataprocess.scenes --output data/scenes --seed 0
 
+writes pictures and records for training and testing, text for a language model, and the words that both use:
+
+    images/<split>/*.png                          96 x 96 pixels
+    train.parquet, validation.parquet             conversations about a picture
+    test.parquet, compositional.parquet           one question a record; `meta` has type, language, number of objects
+    text.parquet                                  the same conversations with a description in place of the picture
+    copy.parquet                                  sequences of words to repeat, by which looking up is learned
+    words.txt                                     every word of the templates, one a line
+
 A scene holds one to four objects on a 3 x 3 grid: shapes, and at most one handwritten digit (scikit-learn's bundled
 copy of the UCI optical digits, 8 x 8 pixels). Size, place within the cell and shade vary from picture to picture. Every
 question has one right answer, and exists in English and in Chinese.
@@ -9,21 +18,21 @@ question has one right answer, and exists in English and in Chinese.
 What keeps the splits honest:
 
 * A layout (which object stands in which cell) belongs to one split only, by its hash: no test layout occurs in
-  training, in no picture and in no text.
+  training, neither in a picture nor in text.
 * Handwritten digits of validation and test are other pieces of writing than those of training.
 * `HELD_OUT` pairs of colour and shape never occur outside the `compositional` split, whose scenes each hold one.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +59,19 @@ CHINESE = {
     "northwest": "左上", "north": "上方", "northeast": "右上", "west": "左边", "center": "中间", "east": "右边",
     "southwest": "左下", "south": "下方", "southeast": "右下", "yes": "是", "no": "否",
 }  # fmt: skip
+# Templates are short and fixed, and a content word is one token: the run that learns from them starts from nothing.
 TEMPLATES = {
     "en": {
-        "colour_of": "What color is the {}?", "colour_at": "What color is {}?",
-        "shape_of": "What shape is {}?", "shape_at": "What shape is {}?",
-        "position_of": "Where is the {}?", "position_colour": "Where is {}?",
-        "exists": "Is there a {} {}?", "exists_at": "Is there a {} {}?",
-        "count": "How many objects?", "count_colour": "How many {} objects?",
-        "digit": "What digit is there?", "caption": "Describe the picture.",
-        "object": " {} {} {}", "join": ",",
+        "colour of": "What color is the {}?", "colour at": "What color is {}?",
+        "shape of": "What shape is {}?", "position of": "Where is the {}?", "position colour": "Where is {}?",
+        "existence": "Is there a {} {}?", "count": "How many objects?", "count colour": "How many {} objects?",
+        "digit": "What digit is there?", "caption": "Describe the picture.", "thing": " {} {} {}",
     },
     "zh": {
-        "colour_of": "{}是什么颜色?", "colour_at": "{}是什么颜色?",
-        "shape_of": "{}是什么形状?", "shape_at": "{}是什么形状?",
-        "position_of": "{}在哪里?", "position_colour": "{}在哪里?",
-        "exists": "有{}{}吗?", "exists_at": "有{}{}吗?",
-        "count": "有几个物体?", "count_colour": "有几个{}物体?",
-        "digit": "是什么数字?", "caption": "描述图片。",
-        "object": "{}{}{}", "join": ",",
+        "colour of": "{}是什么颜色?", "colour at": "{}是什么颜色?",
+        "shape of": "{}是什么形状?", "position of": "{}在哪里?", "position colour": "{}在哪里?",
+        "existence": "有{}{}吗?", "count": "有几个物体?", "count colour": "有几个{}物体?",
+        "digit": "是什么数字?", "caption": "描述图片。", "thing": "{}{}{}",
     },
 }  # fmt: skip
 
@@ -83,6 +87,16 @@ class Thing:
 
 
 Scene = tuple[Thing, ...]  # in reading order
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene with its one right answer; `about` is the object it turns on, if it is one object."""
+
+    type: str
+    text: str
+    answer: str
+    about: Thing | None = None
 
 
 def split_of(scene: Scene) -> str:
@@ -116,7 +130,7 @@ def draw_scene(rng: random.Random, split: str, num_objects: int | None = None) -
 
 @cache
 def handwriting(split: str) -> dict[int, np.ndarray]:
-    """Handwritten digits of a split: digit -> uint8 [K, 8, 8]. Training holds four fifths; the other splits share the rest."""
+    """Handwritten digits of a split: digit -> uint8 [K, 8, 8]. Training has four fifths, all other splits the rest."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -143,7 +157,8 @@ def _stencil(shape: str) -> Image.Image:
     elif shape == "star":
         angles = np.arange(10) * np.pi / 5
         radii = np.where(np.arange(10) % 2 == 0, 0.5, 0.2) * (side - 4)
-        pen.polygon([(side / 2 + r * np.sin(a), side / 2 - r * np.cos(a)) for a, r in zip(angles, radii)], fill=255)
+        points = zip(side / 2 + radii * np.sin(angles), side / 2 - radii * np.cos(angles), strict=True)
+        pen.polygon(list(points), fill=255)
     return mask
 
 
@@ -169,61 +184,220 @@ def paint(scene: Scene, rng: random.Random, split: str) -> Image.Image:
 
 # ------------------------------------------------------------------------------------------------------ questions
 
-
 def word(english: str, language: str) -> str:
     """A content word in `language`."""
     return CHINESE.get(english, english) if language == "zh" else english
 
 
 def caption(scene: Scene, language: str) -> str:
-    """All objects in reading order: colour, shape (or the digit), place."""
-    templates = TEMPLATES[language]
-    parts = [
-        templates["object"].format(
+    """All objects in reading order: colour, shape (or the digit itself), place."""
+    things = [
+        TEMPLATES[language]["thing"].format(
             word(thing.colour, language),
-            word(thing.shape, language) if thing.digit is None else str(thing.digit),
+            word(thing.shape, language) if thing.digit is None else thing.digit,
             word(CELLS[thing.cell], language),
         )
         for thing in scene
     ]
-    return templates["join"].join(parts).strip()
+    return ",".join(things).strip()
 
 
-def questions(scene: Scene, rng: random.Random, language: str) -> list[tuple[str, str, str]]:
-    """Every unambiguous question about a scene, shuffled: `(type, question, answer)` in `language`."""
-    shapes = [thing.shape for thing in scene]
-    colours = [thing.colour for thing in scene]
-    asked: list[tuple[str, str, tuple[str, ...], str]] = []
+def questions(scene: Scene, rng: random.Random, language: str) -> list[Question]:
+    """Unambiguous questions about a scene, shuffled; as many existence questions are denied as affirmed."""
+
+    def ask(kind: str, template: str, slots: tuple[str, ...], answer: str, about: Thing | None = None) -> None:
+        text = TEMPLATES[language][template].format(*(word(slot, language) for slot in slots))
+        asked.append(Question(kind, text, word(answer, language), about))
+
+    asked: list[Question] = []
+    shapes, colours = [thing.shape for thing in scene], [thing.colour for thing in scene]
+    present = set(zip(colours, shapes, strict=True))
     for thing in scene:
         cell = CELLS[thing.cell]
-        asked.append(("colour", "colour_at", (cell,), thing.colour))
-        asked.append(("shape", "shape_at", (cell,), thing.shape))
+        ask("colour", "colour at", (cell,), thing.colour, thing)
+        ask("shape", "shape of", (cell,), thing.shape, thing)
         if shapes.count(thing.shape) == 1:
-            asked.append(("colour", "colour_of", (thing.shape,), thing.colour))
-            asked.append(("position", "position_of", (thing.shape,), cell))
+            ask("colour", "colour of", (thing.shape,), thing.colour, thing)
+            ask("position", "position of", (thing.shape,), cell, thing)
         if colours.count(thing.colour) == 1:
-            asked.append(("shape", "shape_of", (thing.colour,), thing.shape))
-            asked.append(("position", "position_colour", (thing.colour,), cell))
-        asked.append(("existence", "exists", (thing.colour, thing.shape), "yes"))
+            ask("shape", "shape of", (thing.colour,), thing.shape, thing)
+            ask("position", "position colour", (thing.colour,), cell, thing)
         if thing.digit is not None:
-            asked.append(("digit", "digit", (), str(thing.digit)))
-    # As many questions to be denied as affirmed, and half of them about colours and shapes that do occur, but apart.
-    present = set(zip(colours, shapes))
-    for index in range(len(scene)):
-        mixed = index % 2 == 0 and len(scene) > 1
-        pairs = [
+            ask("digit", "digit", (), str(thing.digit), thing)
+        ask("existence", "existence", (thing.colour, thing.shape), "yes", thing)
+        # Half of what is denied is made of a colour and a shape that do occur, but apart.
+        apart = rng.random() < 0.5 and len(present) > 1
+        pool = [
             (colour, shape)
-            for colour in (set(colours) if mixed else COLOURS)
-            for shape in (set(shapes) if mixed else SHAPES)
+            for colour in (sorted(set(colours)) if apart else COLOURS)
+            for shape in (sorted(set(shapes)) if apart else (*SHAPES, DIGIT))
             if (colour, shape) not in present
         ]
-        if pairs:
-            asked.append(("existence", "exists", rng.choice(sorted(pairs)), "no"))
-    asked.append(("count", "count", (), str(len(scene))))
-    for colour in sorted(rng.sample(sorted(COLOURS), 1) + rng.sample(sorted(set(colours)), 1)):
-        asked.append(("count", "count_colour", (colour,), str(colours.count(colour))))
+        if not pool:
+            pool = [(colour, thing.shape) for colour in COLOURS if (colour, thing.shape) not in present]
+        ask("existence", "existence", rng.choice(pool), "no")
+    ask("count", "count", (), str(len(scene)))
+    for colour in sorted({rng.choice(tuple(COLOURS)), rng.choice(colours)}):
+        ask("count", "count colour", (colour,), str(colours.count(colour)))
     rng.shuffle(asked)
-    return [
-        (kind, TEMPLATES[language][template].format(*(word(slot, language) for slot in slots)), word(answer, language))
-        for kind, template, slots, answer in asked
-    ]
+    return asked
+
+
+def twin(scene: Scene, rng: random.Random) -> Scene:
+    """A training layout that differs from `scene` in one attribute of one object, or in one swapped between two."""
+    while True:
+        things = list(scene)
+        index = rng.randrange(len(things))
+        thing, change = things[index], rng.choice(("colour", "shape", "cell", "swap"))
+        if change == "colour":
+            things[index] = replace(thing, colour=rng.choice(tuple(COLOURS)))
+        elif change == "shape" and thing.digit is None:
+            things[index] = replace(thing, shape=rng.choice(SHAPES))
+        elif change == "shape":
+            things[index] = replace(thing, digit=rng.randrange(10))
+        elif change == "cell":
+            things[index] = replace(thing, cell=rng.choice(sorted(set(range(9)) - {other.cell for other in scene})))
+        elif len(things) > 1:
+            other = rng.choice([i for i in range(len(things)) if i != index])
+            names = rng.choice((("colour",), ("shape", "digit"), ("cell",)))
+            things[index] = replace(thing, **{name: getattr(scene[other], name) for name in names})
+            things[other] = replace(scene[other], **{name: getattr(thing, name) for name in names})
+        changed = tuple(sorted(things, key=lambda thing: thing.cell))
+        if changed != scene and split_of(changed) == "train":
+            return changed
+
+
+# -------------------------------------------------------------------------------------------------------- records
+
+
+def conversation(asked: list[Question], opening: str) -> list[dict]:
+    """Turns of a conversation; `opening` (the image, or a description) stands before the first question."""
+    turns = []
+    for question in asked:
+        turns.append({"role": "user", "content": (opening if not turns else "") + question.text})
+        turns.append({"role": "assistant", "content": question.answer})
+    return turns
+
+
+def picture_record(name: str, split: str, asked: list[Question], **meta: str | int) -> dict:
+    """Record of a conversation about picture `<split>/<name>.png`."""
+    image = f"{split}/{name.split('.')[0]}.png"
+    turns = conversation(asked, "<image>\n")
+    return {"id": f"{split}/{name}", "source": "scenes", "images": [image], "messages": turns, "meta": meta}
+
+
+def training_records(name: str, split: str, scene: Scene, rng: random.Random, turns: int) -> Iterator[dict]:
+    """Two conversations in each language, of at most `turns` questions each."""
+    for language in LANGUAGES:
+        asked = questions(scene, rng, language)
+        for part, chosen in enumerate((asked[:turns], asked[turns : 2 * turns])):
+            if chosen:
+                yield picture_record(f"{name}.{language}{part}", split, chosen, language=language)
+
+
+def test_records(name: str, split: str, scene: Scene, rng: random.Random) -> Iterator[dict]:
+    """One question of each type in each language; in the compositional split only about objects of held-out pairs."""
+    for language in LANGUAGES:
+        asked = {}
+        for question in questions(scene, rng, language):
+            thing = question.about
+            if split != "compositional" or (thing and (thing.colour, thing.shape) in HELD_OUT):
+                asked.setdefault(question.type, question)
+        for kind, question in asked.items():
+            meta = {"type": kind, "language": language, "num_objects": len(scene)}
+            yield picture_record(f"{name}.{language}-{kind}", split, [question], **meta)
+
+
+def text_record(index: int, rng: random.Random, turns: int) -> dict:
+    """A conversation about a training layout that is described in words."""
+    scene, language = draw_scene(rng, "train"), rng.choice(LANGUAGES)
+    messages = conversation(questions(scene, rng, language)[:turns], caption(scene, language) + "\n")
+    return {"id": f"text/{index}", "source": "scenes_text", "images": [], "messages": messages}
+
+
+def copy_record(index: int, rng: random.Random) -> dict:
+    """A random sequence of content words that the answer repeats twice."""
+    content = [*COLOURS, *SHAPES, DIGIT, *CELLS]
+    pieces = [f" {name}" for name in content] + [CHINESE[name] for name in content] + list("0123456789")
+    sequence = "".join(rng.choices(pieces, k=rng.randint(3, 8) if rng.random() < 0.7 else rng.randint(9, 16)))
+    messages = [{"role": "user", "content": sequence}, {"role": "assistant", "content": sequence * 2}]
+    return {"id": f"copy/{index}", "source": "scenes_copy", "images": [], "messages": messages}
+
+
+def words() -> list[str]:
+    """Every piece of text that should be one token: words with and without a space before them, Chinese words."""
+    pieces = [piece for texts in TEMPLATES.values() for text in texts.values() for piece in text.split("{}")]
+    content = [*COLOURS, *SHAPES, DIGIT, *CELLS, "yes", "no"]
+    pieces += [form for english in content for form in (english, f" {english}", CHINESE[english])]
+    return sorted({piece for piece in pieces if piece.strip()} | {"user", "assistant", "system"})
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def draw_one(job: tuple[str, int], folder: Path, seed: int, turns: int) -> list[dict]:
+    """Draws picture `index` of a split and returns its records. Each picture has a generator of its own."""
+    split, index = job
+    rng = random.Random(f"{seed} {split} {index}")
+    scene = draw_scene(rng, split, index % 4 + 1)
+    name = f"{index:05d}"
+    paint(scene, rng, split).save(folder / split / f"{name}.png")
+    if split in ("train", "validation"):
+        return list(training_records(name, split, scene, rng, turns))
+    return list(test_records(name, split, scene, rng))
+
+
+def draw_chunk(jobs: tuple[tuple[str, int], ...], **options) -> list[list[dict]]:
+    return [draw_one(job, **options) for job in jobs]
+
+
+def write_scenes(output: Path, seed: int, counts: dict[str, int], texts: int, copies: int, turns: int) -> None:
+    """Writes everything into a folder beside `output` and renames it when complete."""
+    staged = output.with_name(output.name + ".tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    for split in SPLITS:
+        (staged / "images" / split).mkdir(parents=True)
+    jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
+    draw = partial(draw_chunk, folder=staged / "images", seed=seed, turns=turns)
+    records: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    chunks = [tuple(jobs[start : start + 100]) for start in range(0, len(jobs), 100)]
+    with ProcessPoolExecutor() as pool, tqdm(total=len(jobs), desc="Drawing", unit=" pictures") as bar:
+        for chunk, drawn in zip(chunks, pool.map(draw, chunks), strict=True):
+            for (split, _), own in zip(chunk, drawn, strict=True):
+                records[split] += own
+            bar.update(len(chunk))
+    for split in SPLITS:
+        write_records(records[split], staged / f"{split}.parquet")
+    rng = random.Random(f"{seed} text")
+    write_records([text_record(i, rng, turns) for i in tqdm(range(texts), desc="Text")], staged / "text.parquet")
+    write_records([copy_record(i, rng) for i in tqdm(range(copies), desc="Copies")], staged / "copy.parquet")
+    (staged / "words.txt").write_text("\n".join(words()) + "\n", encoding="utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(staged, output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/scenes"), help="folder, replaced as a whole")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=6000, help="training pictures (default: %(default)s)")
+    parser.add_argument("--validation", type=int, default=100)
+    parser.add_argument("--test", type=int, default=400)
+    parser.add_argument("--compositional", type=int, default=200)
+    parser.add_argument("--texts", type=int, default=60000, help="conversations in text alone (default: %(default)s)")
+    parser.add_argument("--copies", type=int, default=20000, help="sequences to repeat (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="questions a conversation (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.output.exists() and not (arguments.output / "words.txt").exists():
+        sys.exit(f"{arguments.output} exists and holds no drawn scenes: choose another --output or remove it")
+    counts = {split: getattr(arguments, split) for split in SPLITS}
+    if min(counts.values()) < 1 or arguments.turns < 1:
+        sys.exit("every split needs a picture and every conversation a question: give numbers of at least 1")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_scenes(
+        arguments.output, arguments.seed, counts, arguments.texts, arguments.copies, arguments.turns
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -29,8 +29,7 @@ class QWenConfig(PreTrainedConfig):
       forward has it, so that cached equals uncached decoding. `"frozen"`: that of the first forward into the cache, as
       the published implementation has it.
 
-    Raises `huggingface_hub.errors.StrictDataclassClassValidationError` (a `ValueError`) for values that Qwen-1 has no
-    meaning for.
+    Raises `huggingface_hub.errors.StrictDataclassError` for a value of the wrong type or without a meaning in Qwen-1.
     """
 
     model_type = "qwen"

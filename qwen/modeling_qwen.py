@@ -2,9 +2,10 @@
 
 Rotary extrapolation in a generation
 ------------------------------------
-In eval mode a text of `length` tokens longer than `config.seq_length` is rotated with the base
-`rotary_emb_base * alpha ** (d / (d - 2))`, where alpha (`ntk_alpha`) depends on the length of the whole text. A text
-that grows across `seq_length`, `2 * seq_length`, ... changes its alpha, and with it every hidden state of every layer.
+In eval mode a text longer than `config.seq_length` is rotated with the base `rotary_emb_base * alpha ** (d / (d - 2))`,
+d the width of a head (NTK-aware scaling, Qwen Technical Report, https://arxiv.org/abs/2309.16609), where alpha
+(`ntk_alpha`) depends on the length of the whole text. A text that grows across `seq_length`, `2 * seq_length`, ...
+changes its alpha, and with it every hidden state of every layer.
 
 The definition used here: **the logits of a call are those of an uncached forward on the whole text up to the end of the
 call.** Alpha is a function of the present true length of each row and of nothing else. The keys and values in the cache
@@ -64,7 +65,7 @@ def rotary_table(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `x` `[B, T, ..., head_dim]`, half-split form, computed in float32 and returned so."""
+    """Rotary embedding of `x` `[B, T, heads, head_dim]`, half-split form, computed in float32 and returned so."""
     x = x.float()
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -128,13 +129,13 @@ class QWenAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cos, sin, query_scale = position_embeddings
         batch, length, _ = hidden_states.shape
-        # [B, T, 3 * heads * head_dim] -> [B, T, 2, heads, head_dim] and [B, T, 1, heads, head_dim]
-        both, value = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim).split([2, 1], dim=2)
-        query, key = rotate(both, cos.unsqueeze(2), sin.unsqueeze(2)).unbind(2)
+        # [B, T, 3 * heads * head_dim] -> three of [B, T, heads, head_dim]
+        query, key, value = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim).unbind(2)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if query_scale is not None:
             query = query * query_scale
         # [B, T, heads, head_dim] -> [B, heads, T, head_dim]
-        query, key, value = (states.to(value.dtype).transpose(1, 2) for states in (query, key, value.squeeze(2)))
+        query, key, value = (states.to(value.dtype).transpose(1, 2) for states in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

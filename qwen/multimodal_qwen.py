@@ -152,11 +152,22 @@ class MultimodalQWenLMHeadModel(QWenLMHeadModel):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, features=None, feature_counts=None, is_first_iteration=False, use_cache=True, **kwargs
+        self,
+        input_ids,
+        features=None,
+        feature_counts=None,
+        inputs_embeds=None,  # generate() looks for this name here before it accepts embeddings
+        is_first_iteration=False,
+        use_cache=True,
+        **kwargs,
     ) -> dict:
         """Hands `features` to the forwards that see the prompt: the first, and without a cache all of them."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
         )
         if is_first_iteration or not use_cache:
             inputs.update(features=features, feature_counts=feature_counts)

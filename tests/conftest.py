@@ -1,6 +1,5 @@
-"""A tiny random experiment on disk: decoder, encoder, tokenizer, images, records and its configuration."""
+"""What several rooms test with; above all a tiny random experiment on disk: weights, images, records, configuration."""
 
-import base64
 import os
 import subprocess
 import sys
@@ -45,7 +44,7 @@ class Tiny:
 
     @staticmethod
     def records(count: int) -> list[dict]:
-        """Questions of different length about the colour of an image, in one or two turns, and texts without an image."""
+        """Questions of different length about the colour of an image, in one or two turns, some without an image."""
         names, made = list(COLOURS), []
         for number in range(count):
             colour = names[number % 4]
@@ -125,8 +124,7 @@ def make_decoder(folder: Path) -> None:
     """A random Qwen-1 of two layers, and a ranks file of the 256 bytes and a few words."""
     folder.mkdir()
     pieces = [bytes([byte]) for byte in range(256)] + [b"re", b"ed", b"red", b"gr", b"bl", b"wh"]
-    lines = [f"{base64.b64encode(piece).decode()} {rank}" for rank, piece in enumerate(pieces)]
-    (folder / "qwen.tiktoken").write_text("\n".join(lines) + "\n")
+    write_ranks({piece: rank for rank, piece in enumerate(pieces)}, folder / "qwen.tiktoken")
     torch.manual_seed(0)
     config = QWenConfig(
         vocab_size=480, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_channels=16,

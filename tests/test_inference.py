@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 import inference
 from inference import Chat, converse
@@ -22,8 +21,7 @@ def checkpoint(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def chat(checkpoint) -> Chat:
-    generation = GenerationConfig(max_new_tokens=6, do_sample=False, num_beams=1)
-    return Chat(inference.MultiModalModel.from_pretrained(checkpoint), "Be brief.", generation)
+    return Chat(inference.MultiModalModel.from_pretrained(checkpoint), "Be brief.", max_new_tokens=6)
 
 
 def main(monkeypatch, *arguments) -> None:

@@ -1,4 +1,4 @@
-"""train.py and training.py: exact loss normalisation, exact resume, and what a run refuses to do."""
+"""train.py, training.py and run_folder.py: exact loss normalisation, exact resume, and what a run refuses to do."""
 
 import json
 import os
@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from config import load_config
 from dataset.collator import Collator
+from dataset.record import write_records
+from run_folder import RunError, complete_checkpoints, resume_point
 from train import build_model, load_dataset, main, train
-from training import RunError, VLMTrainer, complete_checkpoints, resume_point
+from training import VLMTrainer
 
 NO_DROPOUT = ("dropout=0", "max_grad_norm=0")
 
@@ -141,6 +144,13 @@ def test_logs_say_how_fast_and_with_which_rates(tiny, tmp_path):
     seconds = first["seconds_waiting_for_data"] + first["seconds_computing"]
     assert first["samples_per_second"] * seconds == pytest.approx(4, rel=0.05)
     assert first["supervised_tokens_per_second"] > first["samples_per_second"]
+
+
+def test_tensorboard_gets_the_log(tiny, tmp_path):
+    make_trainer(tiny.config(tmp_path, "max_steps=2", "report_to=tensorboard")).train()
+    events = EventAccumulator(str(next(tmp_path.glob("runs/*/")))).Reload()
+    assert {"train/loss", "train/projector_lr", "train/seconds_computing"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
 
 
 def test_gradient_that_is_not_finite_stops_the_run(tiny, tmp_path):
@@ -267,7 +277,19 @@ def test_other_configuration_is_refused_and_overwrite_starts_over(tiny, referenc
     assert resume_point(tiny.config(folder, *long_run(tiny))) == folder / "checkpoint-30"
     assert resume_point(tiny.config(folder, *long_run(tiny), "lora_lr=0.5", "overwrite=true")) is None
     assert sorted(os.listdir(folder / "..")) == ["run"]
-    assert not list(folder.glob("checkpoint-*")) and (folder / "notes.txt").exists()
+    assert not list(folder.glob("checkpoint-*")) and not (folder / "kanjian.json").exists()
+    assert (folder / "notes.txt").exists()
+
+
+def test_other_records_under_the_same_name_are_refused(tiny, reference, tmp_path):
+    data = tmp_path / "train.parquet"
+    shutil.copy(tiny.folder / "train.parquet", data)
+    config = tiny.config(tmp_path / "run", f"data.train={data}", "max_steps=4")
+    train(config)
+    (tmp_path / "run/trainer_state.json").unlink()
+    write_records(tiny.records(25), data)
+    with pytest.raises(RunError, match="checkpoint-4 can't be continued: sample lengths then .*, now "):
+        train(config)
 
 
 def test_checkpoints_without_configuration_are_refused(tiny, reference, tmp_path):

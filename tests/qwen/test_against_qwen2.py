@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qwen import QWenConfig, QWenLMHeadModel
+from qwen import QWenLMHeadModel
 
 
 def as_qwen2(model: QWenLMHeadModel) -> Qwen2ForCausalLM:
@@ -83,8 +83,3 @@ def test_generation_with_beams_and_padding(pair):
     arguments = {"attention_mask": mask, "max_new_tokens": 9, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     sequences = [model.generate(ids, **arguments) for model in pair]
     assert torch.equal(*sequences)
-
-
-def test_default_shape_is_qwen_7b():
-    config = QWenConfig()
-    assert (config.hidden_size, config.num_hidden_layers, config.seq_length) == (4096, 32, 8192)

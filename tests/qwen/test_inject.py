@@ -134,6 +134,15 @@ def test_samples_of_one_prompt(llm):
     assert torch.equal(samples, expected)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generate_from_embeddings(llm, num_beams):
+    ids, features = rows_with_features([3, 2])
+    embeds = inject(llm.transformer.wte(ids), ids, features, PLACEHOLDER)
+    new = llm.generate(inputs_embeds=embeds, num_beams=num_beams, **GREEDY)
+    expected = llm.generate(ids, features=features, num_beams=num_beams, **GREEDY)
+    assert torch.equal(new, expected[:, 20:])
+
+
 def test_generate_with_too_few_features_names_the_rows(llm):
     ids, features = rows_with_features([3, 2])
     for num_beams in (1, 2):

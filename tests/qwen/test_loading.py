@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
@@ -121,7 +122,7 @@ def test_config_does_not_name_remote_code(tmp_path):
     ],
 )
 def test_config_values_without_meaning_are_refused(change, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         QWenConfig(**change)
 
 

@@ -1,0 +1,164 @@
+"""Examines the built-in run on scenes it has never seen and writes what a reader wants to know of it.
+
+    python report.py --run outputs/scenes --scenes data/scenes
+
+leaves in the run's folder
+
+    report.json    accuracy with real, blind and shuffled images, by type, language, number of objects; seconds a stage
+    report.md      the same as tables, each figure beside its target
+    losses.png     the loss of every stage
+    sheet.png      test pictures with questions, right answers and the model's
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import font_manager, pyplot
+from PIL import Image
+
+from dataset.record import read_records
+from evaluate import evaluate, normalise, write_text
+from model import MultiModalModel
+
+TARGETS = {"colour": 0.95, "shape": 0.95, "existence": 0.95, "count": 0.95, "position": 0.95, "digit": 0.85}
+COMPOSITIONAL_TARGET = 0.80
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
+                 "Microsoft YaHei", "SimHei", "Source Han Sans SC")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("outputs/scenes"), help="folder of the trained model")
+    parser.add_argument("--scenes", type=Path, default=Path("data/scenes"), help="folder of the drawn scenes")
+    parser.add_argument("--limit", type=int, help="only this many questions of each split")
+    arguments = parser.parse_args()
+    model = MultiModalModel.from_pretrained(arguments.run, attn_implementation="eager")
+    results = {}
+    for split in ("test", "compositional"):
+        records = list(read_records(arguments.scenes / f"{split}.parquet"))
+        if arguments.limit:
+            records = random.Random(0).sample(records, min(arguments.limit, len(records)))
+        results[split] = evaluate(
+            model, records, arguments.scenes / "images", batch_size=128, max_new_tokens=4,
+            predictions_file=arguments.run / f"predictions_{split}.jsonl",
+        )  # fmt: skip
+    report = {**results["test"], "compositional": results["compositional"]}
+    evaluation = sum(result["seconds"]["total"] for result in results.values())
+    report["seconds"] = {**stage_seconds(arguments.run), "evaluation": evaluation}
+    text = tables(report)
+    print(text)
+    write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", arguments.run / "report.json")
+    write_text(text + "\n", arguments.run / "report.md")
+    plot_losses(arguments.run)
+    draw_sheet(arguments.run, arguments.scenes / "images")
+    print(f"\nWritten to {arguments.run}: report.json, report.md, losses.png, sheet.png")
+
+
+def stage_seconds(run: Path) -> dict[str, float]:
+    """Wall-clock seconds of the stages, as train.sh noted them: `name seconds` lines in `stages.txt`."""
+    file = run / "stages.txt"
+    if not file.exists():
+        return {}
+    lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {name: float(seconds) for name, seconds in lines}
+
+
+def tables(report: dict) -> str:
+    """Accuracy as Markdown: by type beside its target, by language and by number of objects."""
+    lines = ["| | real | blind | shuffled | most frequent answer | questions | target |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
+
+    def row(name: str, figures: dict, target: float | None = None) -> None:
+        shares = [figures[key] for key in ("real", "blind", "shuffled", "majority")]
+        cells = [name, *(f"{100 * share:.1f} %" for share in shares), str(figures["n"])]
+        if target is None:
+            cells.append("")
+        else:
+            cells.append(f"{100 * target:.0f} %" + ("" if figures["real"] >= target else " **missed**"))
+        lines.append("| " + " | ".join(cells) + " |")
+
+    for kind, target in TARGETS.items():
+        if kind in report["by_type"]:
+            row(kind, report["by_type"][kind], target)
+    row("**all**", {**report, **report["accuracy"]})
+    for name, title in (("language", ""), ("num_objects", " objects"), ("type_language", ""), ("type_num_objects", "")):
+        for key, figures in report[f"by_{name}"].items():
+            row(key + title, figures)
+    compositional = report["compositional"]
+    row("unseen pairs of colour and shape", {**compositional, **compositional["accuracy"]}, COMPOSITIONAL_TARGET)
+    looks = report["looks"]
+    lines += [
+        "",
+        f"The model looks: without its image it loses {100 * looks['real_minus_blind']:.1f} points, "
+        f"with another image {100 * looks['real_minus_shuffled']:.1f}.",
+    ]
+    stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items())
+    lines.append(f"Seconds: {stages}.")
+    return "\n".join(lines)
+
+
+def plot_losses(run: Path) -> None:
+    """Loss of tower, decoder and the whole model over their steps."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    stages = (("tower", "CLIP tower (contrastive)"), ("decoder", "Qwen-1 decoder (text)"))
+    for axis, (name, title) in zip(axes, stages, strict=False):
+        history = json.loads((run / name / "metrics.json").read_text(encoding="utf-8"))["history"]
+        axis.plot([point["step"] for point in history], [point["loss"] for point in history])
+        axis.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+    log = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(entry["step"], entry[key]) for entry in log if key in entry]
+        axes[2].plot(*zip(*points, strict=True), label=label)
+    axes[2].set(title="Projector + LoRA", xlabel="step", ylabel="loss", yscale="log")
+    axes[2].legend()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    save_figure(figure, run / "losses.png")
+
+
+def draw_sheet(run: Path, images: Path, columns: int = 6, rows: int = 2) -> None:
+    """Test pictures with three questions each, taken at random; wrong answers in red."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    chinese = next((font for font in CHINESE_FONTS if font in installed), None)
+    answers: dict[str, list[dict]] = {}
+    for line in (run / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines():
+        answer = json.loads(line)
+        if answer["meta"]["language"] == "en" or chinese:
+            answers.setdefault(answer["images"][0], []).append(answer)
+    rng = random.Random(0)
+    texts = {record["id"]: record["messages"][0]["content"] for record in read_records(images.parent / "test.parquet")}
+    fonts = {"font.family": [chinese, "DejaVu Sans"] if chinese else ["DejaVu Sans"]}
+    with pyplot.rc_context(fonts):
+        figure, axes = pyplot.subplots(rows, columns, figsize=(2.6 * columns, 3.9 * rows), layout="constrained")
+        for axis, image in zip(axes.flat, rng.sample(sorted(answers), min(rows * columns, len(answers))), strict=False):
+            axis.imshow(Image.open(images / image).resize((192, 192), Image.Resampling.NEAREST))
+            chosen = rng.sample(answers[image], min(3, len(answers[image])))
+            for number, answer in enumerate(chosen):
+                question = texts[answer["id"]].removeprefix("<image>\n")
+                right = normalise(answer["real"]) == normalise(answer["answer"])
+                said = answer["real"] if right else f"{answer['real']}  (right: {answer['answer']})"
+                y = -0.06 - 0.19 * number
+                axis.text(0, y, question, transform=axis.transAxes, va="top", fontsize=10, color="0.25")
+                axis.text(0, y - 0.085, said, transform=axis.transAxes, va="top", fontsize=10, weight="bold",
+                          color="tab:green" if right else "tab:red")  # fmt: skip
+        for axis in axes.flat:
+            axis.set_axis_off()
+        save_figure(figure, run / "sheet.png")
+
+
+def save_figure(figure: pyplot.Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

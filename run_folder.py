@@ -1,0 +1,78 @@
+"""What the output folder of a run holds, and where an interrupted run continues.
+
+    checkpoint-<step>/     complete checkpoints: trained weights, optimizer, schedule, random numbers, log
+    .unfinished/           a checkpoint that is being written
+    config.yaml            configuration of the run
+    adapter_..., projector.safetensors, kanjian.json, tokenizer files     the result, written at the end
+    trainer_state.json     the log, written last: its presence says that the run is finished
+"""
+
+import shutil
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from config import Config, config_differences, save_config
+from model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PROJECTOR_FILE, SPEC_FILE
+
+UNFINISHED = ".unfinished"
+PROGRESS = "progress.json"  # in a checkpoint: what resuming needs beside the Trainer's own files
+CONFIG_FILE = "config.yaml"
+
+
+class RunError(RuntimeError):
+    """The output folder doesn't allow this run; the message says why. `status` is the exit status of the script."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+def resume_point(config: Config, main_process: bool = True) -> Path | None:
+    """Newest checkpoint of an unfinished run in `train.output_dir`, or None for a fresh start.
+
+    The main process also clears the folder if `train.overwrite` is set and records the configuration there.
+
+    Raises:
+        RunError: the folder holds a finished run, a run with another configuration, or checkpoints of nobody knows
+            what.
+    """
+    folder = Path(config.train.output_dir)
+    if main_process and config.train.overwrite:
+        remove_run(folder)
+    checkpoints = complete_checkpoints(folder)
+    saved = folder / CONFIG_FILE
+    finished = (folder / TRAINER_STATE_NAME).exists()
+    if checkpoints or finished:
+        if not saved.exists():
+            raise RunError(f"{folder} holds checkpoints but no {CONFIG_FILE}; choose another train.output_dir")
+        if changed := config_differences(config, saved):
+            raise RunError(
+                f"{folder} holds a run with another configuration:\n  " + "\n  ".join(changed)
+                + "\nChoose another train.output_dir, or start over with train.overwrite=true"
+            )
+        if finished:
+            raise RunError(f"{folder} holds a finished run of this configuration; train.overwrite=true trains again", 0)
+    if main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+    return checkpoints[-1] if checkpoints else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints from oldest to newest, those left out that lack a file that resuming needs."""
+    needed = (TRAINER_STATE_NAME, PROGRESS, "optimizer.pt", "scheduler.pt", SPEC_FILE, CONFIG_FILE)
+    complete = [path for path in checkpoint_folders(folder) if all((path / name).exists() for name in needed)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+
+
+def remove_run(folder: Path) -> None:
+    """Deletes what a run writes into its output folder and nothing else."""
+    for path in [folder / UNFINISHED, *checkpoint_folders(folder)]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (TRAINER_STATE_NAME, CONFIG_FILE, SPEC_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, PROJECTOR_FILE):
+        (folder / name).unlink(missing_ok=True)
