@@ -135,20 +135,23 @@ def draw_sheet(run: Path, images: Path, columns: int = 6, rows: int = 2) -> None
     texts = {record["id"]: record["messages"][0]["content"] for record in read_records(images.parent / "test.parquet")}
     fonts = {"font.family": [chinese, "DejaVu Sans"] if chinese else ["DejaVu Sans"]}
     with pyplot.rc_context(fonts):
-        figure, axes = pyplot.subplots(rows, columns, figsize=(2.6 * columns, 3.9 * rows), layout="constrained")
-        for axis, image in zip(axes.flat, rng.sample(sorted(answers), min(rows * columns, len(answers))), strict=False):
-            axis.imshow(Image.open(images / image).resize((192, 192), Image.Resampling.NEAREST))
-            chosen = rng.sample(answers[image], min(3, len(answers[image])))
-            for number, answer in enumerate(chosen):
-                question = texts[answer["id"]].removeprefix("<image>\n")
-                right = normalise(answer["real"]) == normalise(answer["answer"])
-                said = answer["real"] if right else f"{answer['real']}  (right: {answer['answer']})"
-                y = -0.06 - 0.19 * number
-                axis.text(0, y, question, transform=axis.transAxes, va="top", fontsize=10, color="0.25")
-                axis.text(0, y - 0.085, said, transform=axis.transAxes, va="top", fontsize=10, weight="bold",
-                          color="tab:green" if right else "tab:red")  # fmt: skip
+        figure, axes = pyplot.subplots(
+            2 * rows, columns, figsize=(2.5 * columns, 4.2 * rows), layout="constrained", height_ratios=[1, 0.62] * rows
+        )
         for axis in axes.flat:
             axis.set_axis_off()
+        chosen = rng.sample(sorted(answers), min(rows * columns, len(answers)))
+        for place, image in enumerate(chosen):
+            row, column = divmod(place, columns)
+            picture, text = axes[2 * row, column], axes[2 * row + 1, column]
+            picture.imshow(Image.open(images / image))
+            for number, answer in enumerate(rng.sample(answers[image], min(3, len(answers[image])))):
+                right = normalise(answer["real"]) == normalise(answer["answer"])
+                said = answer["real"] if right else f"{answer['real']}  (right: {answer['answer']})"
+                question = texts[answer["id"]].removeprefix("<image>\n")
+                text.text(0, 1 - number / 3, question, va="top", fontsize=10, color="0.25")
+                colour = "tab:green" if right else "tab:red"
+                text.text(0, 0.86 - number / 3, said, va="top", fontsize=10, weight="bold", color=colour)
         save_figure(figure, run / "sheet.png")
 
 

@@ -20,7 +20,8 @@ What keeps the splits honest:
 * A layout (which object stands in which cell) belongs to one split only, by its hash: no test layout occurs in
   training, neither in a picture nor in text.
 * Handwritten digits of validation and test are other pieces of writing than those of training.
-* `HELD_OUT` pairs of colour and shape never occur outside the `compositional` split, whose scenes each hold one.
+* `HELD_OUT` pairs of colour and shape never occur outside the `compositional` split, neither shown nor asked after.
+  Every scene of that split holds one.
 """
 
 import argparse
@@ -225,17 +226,15 @@ def questions(scene: Scene, rng: random.Random, language: str) -> list[Question]
         if thing.digit is not None:
             ask("digit", "digit", (), str(thing.digit), thing)
         ask("existence", "existence", (thing.colour, thing.shape), "yes", thing)
-        # Half of what is denied is made of a colour and a shape that do occur, but apart.
-        apart = rng.random() < 0.5 and len(present) > 1
-        pool = [
-            (colour, shape)
-            for colour in (sorted(set(colours)) if apart else COLOURS)
-            for shape in (sorted(set(shapes)) if apart else (*SHAPES, DIGIT))
-            if (colour, shape) not in present
-        ]
-        if not pool:
-            pool = [(colour, thing.shape) for colour in COLOURS if (colour, thing.shape) not in present]
-        ask("existence", "existence", rng.choice(pool), "no")
+        # Half of what is denied is made of a colour and a shape that do occur, but apart. Held-out pairs are never
+        # asked after where they are absent: whoever learns from that learns that they don't exist.
+        apart = rng.random() < 0.5
+        pools = [
+            [(colour, shape) for colour in some_colours for shape in some_shapes
+             if (colour, shape) not in present and (colour, shape) not in HELD_OUT]
+            for some_colours, some_shapes in ((sorted(set(colours)), sorted(set(shapes))), (COLOURS, (*SHAPES, DIGIT)))
+        ]  # fmt: skip
+        ask("existence", "existence", rng.choice(pools[0] if apart and pools[0] else pools[1]), "no")
     ask("count", "count", (), str(len(scene)))
     for colour in sorted({rng.choice(tuple(COLOURS)), rng.choice(colours)}):
         ask("count", "count colour", (colour,), str(colours.count(colour)))

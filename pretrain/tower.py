@@ -32,7 +32,7 @@ TEST_SCENES, PROBE_SCENES = 500, 2000
 class TowerConfig(LoopConfig):
     tokenizer: str = MISSING  # folder of the tokenizer
     output: str = MISSING  # folder for the vision tower
-    steps: int = 1000  # optimizer steps
+    steps: int = 900  # optimizer steps
     muon_lr: float = 0.01  # peak learning rate of matrices inside the layers (Muon)
     adam_lr: float = 2e-3  # peak learning rate of embeddings, heads, norms and biases (AdamW)
     batch_size: int = 128  # pictures and captions a step
@@ -45,7 +45,7 @@ class TowerConfig(LoopConfig):
     projection_dim: int = 64  # width of the shared embedding
 
 
-def build(config: TowerConfig, vocab_size: int) -> DualTower:
+def build(config: TowerConfig, tokenizer: QWenTokenizer) -> DualTower:
     """Both towers with fresh weights."""
     vision = CLIPVisionConfig(
         hidden_size=config.hidden_size,
@@ -58,7 +58,10 @@ def build(config: TowerConfig, vocab_size: int) -> DualTower:
         attn_implementation="eager",  # on short sequences in bfloat16 a CPU is faster with it
     )
     text = CLIPTextConfig(
-        vocab_size=vocab_size,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.eod_id,  # no text begins or ends with it: the mean over all tokens is what is used
+        eos_token_id=tokenizer.eod_id,
         hidden_size=config.text_hidden_size,
         intermediate_size=4 * config.text_hidden_size,
         num_hidden_layers=2,
@@ -142,7 +145,7 @@ def main(config: TowerConfig) -> None:
         return
     torch.manual_seed(config.seed)
     tokenizer = QWenTokenizer.from_pretrained(config.tokenizer)
-    model, image_processor = build(config, len(tokenizer)), processor(config.image_size)
+    model, image_processor = build(config, tokenizer), processor(config.image_size)
     rng = random.Random(config.seed)
 
     def preprocess(pictures: list[Image.Image]) -> Tensor:

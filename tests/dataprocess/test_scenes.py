@@ -26,6 +26,7 @@ from dataprocess.scenes import (
     questions,
     split_of,
     twin,
+    word,
 )
 from dataset.record import read_records
 
@@ -98,6 +99,16 @@ def test_a_layout_belongs_to_one_split():
         assert not any((thing.colour, thing.shape) in HELD_OUT for thing in scene)
     for scene in drawn["compositional"]:
         assert any((thing.colour, thing.shape) in HELD_OUT for thing in scene)
+
+
+def test_held_out_pairs_are_not_named_in_training():
+    rng = random.Random(8)
+    names = [(word(colour, "zh") + word(shape, "zh"), f"{colour} {shape}") for colour, shape in HELD_OUT]
+    for _ in range(300):
+        scene = draw_scene(rng, "train")
+        for language in LANGUAGES:
+            text = " ".join([caption(scene, language), *(q.text for q in questions(scene, rng, language))])
+            assert not any(name in text for pair in names for name in pair)
 
 
 def test_every_held_out_colour_and_shape_is_seen_apart_in_training():

@@ -12,12 +12,7 @@ from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
 from tests.model.toy import PLACEHOLDER
 from visual import build_encoder
 
-GOLDEN = Path("/work/shared/golden")
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    return GOLDEN
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
 @pytest.fixture
