@@ -19,7 +19,7 @@ from dataset.template import encode_prompt
 from model import MultiModalModel
 from visual import load_image
 
-# The decoder's own generation settings, such as Qwen-7B-Chat's sampling with top_p 0.8, are not used.
+# In place of the decoder's own settings of the same names, such as Qwen-7B-Chat's sampling with top_p 0.8.
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0}
 CHAT_HELP = "/image PATH [PATH ...] adds pictures to the next question, /clear forgets everything, /quit or Ctrl-D ends"
 
@@ -47,7 +47,7 @@ class Chat:
         """Shows a picture with the next question.
 
         Raises:
-            OSError: the file can't be read as an image; names it.
+            FileNotFoundError, ValueError: the file is missing or can't be read as an image; names it.
         """
         pixel_values = self.model.encoder.preprocess([load_image(path)])  # [1, 3, H, W]
         with torch.no_grad():

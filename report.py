@@ -53,10 +53,11 @@ def main() -> None:
     report["seconds"] = {**stage_seconds(arguments.run), "evaluation": evaluation}
     text = tables(report)
     print(text)
-    write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", arguments.run / "report.json")
     write_text(text + "\n", arguments.run / "report.md")
     plot_losses(arguments.run)
     draw_sheet(arguments.run, arguments.scenes / "images")
+    # Last of all: train.sh takes a run that has it for finished.
+    write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", arguments.run / "report.json")
     print(f"\nWritten to {arguments.run}: report.json, report.md, losses.png, sheet.png")
 
 

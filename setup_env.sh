@@ -11,7 +11,12 @@ setup_env() {
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    [ -x "$PYTHON" ] || python3 -m venv "$root/.venv"
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "Python 3.11 or newer is needed as python3, found: $(python3 --version 2>&1)" >&2
+        return 1
+    fi
+    # A venv whose making was interrupted has a python but no pip.
+    "$PYTHON" -m pip --version &> /dev/null || python3 -m venv "$root/.venv"
     echo "Installing $file into .venv ..."
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$root/$file"
     echo "$wanted" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"

@@ -20,11 +20,12 @@ from dataset.collator import Collator
 from dataset.dataset import RecordDataset
 from dataset.record import Records, read_records
 from model import MultiModalModel
+from model.decoder import load_decoder
 from model.lora import add_lora
 from model.optim import parameter_groups
 from model.projector import build_projector
 from model.table import module_table
-from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
+from qwen import QWenTokenizer
 from run_folder import RunError, resume_point
 from training import VLMTrainer, training_arguments
 from visual import build_encoder
@@ -86,7 +87,7 @@ def build_model(config: ModelConfig) -> MultiModalModel:
     """Frozen encoder and decoder from disk or hub, a fresh projector and fresh LoRA layers between them.
 
     Raises:
-        ValueError: an encoder or LoRA setting that does not fit the weights.
+        ValueError: weights that are not complete, or an encoder or LoRA setting that does not fit them.
     """
     e, p, lora = config.encoder, config.projector, config.lora
     encoder = build_encoder(
@@ -99,9 +100,7 @@ def build_model(config: ModelConfig) -> MultiModalModel:
         pretrained=e.pretrained,
     )
     tokenizer = QWenTokenizer.from_pretrained(config.decoder)
-    decoder = MultimodalQWenLMHeadModel.from_pretrained(
-        config.decoder, dtype=config.dtype, attn_implementation=config.attn_implementation
-    )
+    decoder = load_decoder(config.decoder, config.dtype, attn_implementation=config.attn_implementation)
     projector = build_projector(
         p.kind,
         encoder.width,

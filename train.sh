@@ -38,7 +38,8 @@ stage() {  # stage NAME COMMAND...: runs it unless it is done, and notes its sec
 tower_and_decoder() {  # neither needs the other: one core each
     "$PYTHON" -m pretrain.tower tokenizer="$RUN/tokenizer" output="$RUN/tower" &
     local tower=$!
-    trap 'kill "$tower" 2>/dev/null' EXIT
+    # shellcheck disable=SC2064  # expanded now: the variable is gone when the trap runs
+    trap "kill $tower 2>/dev/null || true" EXIT
     "$PYTHON" -m pretrain.decoder \
         scenes="$SCENES" tokenizer="$RUN/tokenizer" output="$RUN/decoder"
     wait "$tower"
@@ -53,6 +54,7 @@ if [ -e "$RUN/report.json" ]; then
     echo "$RUN holds a finished run (see $RUN/report.md). To make it anew: rm -r $RUN"
     exit 0
 fi
+[ -d "$SCENES" ] || sed -i '/^scenes /d' "$RUN/stages.txt" 2>/dev/null || true
 stage scenes "$PYTHON" -m dataprocess.scenes --output "$SCENES"
 stage tokenizer "$PYTHON" -m pretrain.tokenizer scenes="$SCENES" output="$RUN/tokenizer"
 stage tower_and_decoder tower_and_decoder

@@ -92,12 +92,12 @@ Scene = tuple[Thing, ...]  # in reading order
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene with its one right answer; `about` is the object it turns on, if it is one object."""
+    """A question about a scene with its one right answer; `pair` is the colour and shape it turns on, if it is one."""
 
     type: str
     text: str
     answer: str
-    about: Thing | None = None
+    pair: tuple[str, str] | None = None
 
 
 def split_of(scene: Scene) -> str:
@@ -206,37 +206,41 @@ def caption(scene: Scene, language: str) -> str:
 def questions(scene: Scene, rng: random.Random, language: str) -> list[Question]:
     """Unambiguous questions about a scene, shuffled; as many existence questions are denied as affirmed."""
 
-    def ask(kind: str, template: str, slots: tuple[str, ...], answer: str, about: Thing | None = None) -> None:
+    def ask(kind: str, template: str, slots: tuple[str, ...], answer: str, pair: tuple[str, str] | None = None) -> None:
         text = TEMPLATES[language][template].format(*(word(slot, language) for slot in slots))
-        asked.append(Question(kind, text, word(answer, language), about))
+        asked.append(Question(kind, text, word(answer, language), pair))
 
     asked: list[Question] = []
     shapes, colours = [thing.shape for thing in scene], [thing.colour for thing in scene]
     present = set(zip(colours, shapes, strict=True))
     for thing in scene:
-        cell = CELLS[thing.cell]
-        ask("colour", "colour at", (cell,), thing.colour, thing)
-        ask("shape", "shape of", (cell,), thing.shape, thing)
+        cell, pair = CELLS[thing.cell], (thing.colour, thing.shape)
+        ask("colour", "colour at", (cell,), thing.colour, pair)
+        ask("shape", "shape of", (cell,), thing.shape, pair)
         if shapes.count(thing.shape) == 1:
-            ask("colour", "colour of", (thing.shape,), thing.colour, thing)
-            ask("position", "position of", (thing.shape,), cell, thing)
+            ask("colour", "colour of", (thing.shape,), thing.colour, pair)
+            ask("position", "position of", (thing.shape,), cell, pair)
         if colours.count(thing.colour) == 1:
-            ask("shape", "shape of", (thing.colour,), thing.shape, thing)
-            ask("position", "position colour", (thing.colour,), cell, thing)
+            ask("shape", "shape of", (thing.colour,), thing.shape, pair)
+            ask("position", "position colour", (thing.colour,), cell, pair)
         if thing.digit is not None:
-            ask("digit", "digit", (), str(thing.digit), thing)
-        ask("existence", "existence", (thing.colour, thing.shape), "yes", thing)
+            ask("digit", "digit", (), str(thing.digit), pair)
+        ask("existence", "existence", pair, "yes", pair)
         # Half of what is denied is made of a colour and a shape that do occur, but apart. Held-out pairs are never
-        # asked after where they are absent: whoever learns from that learns that they don't exist.
+        # asked after where they are absent, or training would teach that they don't exist; beside one that is present,
+        # which occurs in testing alone, another one is denied.
         apart = rng.random() < 0.5
         pools = [
             [(colour, shape) for colour in some_colours for shape in some_shapes
              if (colour, shape) not in present and (colour, shape) not in HELD_OUT]
             for some_colours, some_shapes in ((sorted(set(colours)), sorted(set(shapes))), (COLOURS, (*SHAPES, DIGIT)))
         ]  # fmt: skip
-        ask("existence", "existence", rng.choice(pools[0] if apart and pools[0] else pools[1]), "no")
+        pool = sorted(HELD_OUT - present) if pair in HELD_OUT else pools[0] if apart and pools[0] else pools[1]
+        denied = rng.choice(pool)
+        ask("existence", "existence", denied, "no", denied)
     ask("count", "count", (), str(len(scene)))
-    for colour in sorted({rng.choice(tuple(COLOURS)), rng.choice(colours)}):
+    absent = [colour for colour in COLOURS if colour not in colours]
+    for colour in sorted({*colours, rng.choice(absent)}):
         ask("count", "count colour", (colour,), str(colours.count(colour)))
     rng.shuffle(asked)
     return asked
@@ -295,12 +299,11 @@ def training_records(name: str, split: str, scene: Scene, rng: random.Random, tu
 
 
 def test_records(name: str, split: str, scene: Scene, rng: random.Random) -> Iterator[dict]:
-    """One question of each type in each language; in the compositional split only about objects of held-out pairs."""
+    """One question of each type in each language; in the compositional split only about held-out pairs."""
     for language in LANGUAGES:
         asked = {}
         for question in questions(scene, rng, language):
-            thing = question.about
-            if split != "compositional" or (thing and (thing.colour, thing.shape) in HELD_OUT):
+            if split != "compositional" or question.pair in HELD_OUT:
                 asked.setdefault(question.type, question)
         for kind, question in asked.items():
             meta = {"type": kind, "language": language, "num_objects": len(scene)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.checkpoint import load_trained, read_spec, resolve_paths, save_trained
+from model.decoder import load_decoder
 from model.lora import language_model, wrap_with_lora
 from model.loss import supervised_cross_entropy
 from model.projector import Projector, build_projector
@@ -233,7 +234,7 @@ class MultiModalModel(nn.Module):
         """
         spec = resolve_paths(read_spec(folder), folder, decoder=decoder, encoder=encoder)
         dtype = dtype or spec["decoder"]["dtype"]
-        base = MultimodalQWenLMHeadModel.from_pretrained(spec["decoder"]["path"], dtype=dtype, **kwargs)
+        base = load_decoder(spec["decoder"]["path"], dtype, **kwargs)
         model = cls(
             encoder=build_encoder(**spec["encoder"]),
             projector=build_projector(**spec["projector"]),

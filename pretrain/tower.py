@@ -24,7 +24,7 @@ from model.contrastive import DualTower, recall_at_1
 from pretrain.loop import LoopConfig, compare, is_done, optimise, save_folder
 from qwen import QWenTokenizer
 
-EXPECTED = {"recall at 1": 0.85, "colour": 0.99, "shape": 0.97, "digit": 0.88}
+EXPECTED = {"recall at 1": 0.7, "colour": 0.99, "shape": 0.97, "digit": 0.88}
 TEST_SCENES, PROBE_SCENES = 500, 2000
 
 

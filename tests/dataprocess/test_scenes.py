@@ -166,6 +166,20 @@ def write(folder: Path, seed: int) -> Path:
     return folder
 
 
+def test_compositional_questions_turn_on_held_out_pairs_affirmed_as_often_as_denied():
+    rng, counts = random.Random(9), Counter()
+    for index in range(300):
+        scene = draw_scene(rng, "compositional")
+        for record in scenes.test_records(str(index), "compositional", scene, rng):
+            question, answer = (turn["content"] for turn in record["messages"])
+            assert record["meta"]["type"] not in ("count", "digit")
+            if record["meta"]["type"] == "existence":
+                counts[answer] += 1
+                colour, shape = question.removesuffix("?").split()[-2:] if "there" in question else (None, None)
+                assert colour is None or (colour, shape) in HELD_OUT
+    assert counts["yes"] + counts["no"] == 300 and 110 < counts["yes"] < 190 and 110 < counts["是"] < 190
+
+
 def test_files_are_whole_records_and_a_function_of_the_seed(tmp_path):
     first = write(tmp_path / "a", 0)
     assert digests(first) == digests(write(tmp_path / "b", 0)) != digests(write(tmp_path / "c", 1))
