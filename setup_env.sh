@@ -17,7 +17,7 @@ setup_env() {
     fi
     # A venv whose making was interrupted has a python but no pip.
     "$PYTHON" -m pip --version &> /dev/null || python3 -m venv "$root/.venv"
-    echo "Installing $file into .venv ..."
+    echo "Installing $file into .venv (several GB the first time, a few minutes) ..."
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$root/$file"
     echo "$wanted" > "$stamp.tmp" && mv "$stamp.tmp" "$stamp"
 }

@@ -240,7 +240,7 @@ def questions(scene: Scene, rng: random.Random, language: str) -> list[Question]
         ask("existence", "existence", denied, "no", denied)
     ask("count", "count", (), str(len(scene)))
     absent = [colour for colour in COLOURS if colour not in colours]
-    for colour in sorted({*colours, rng.choice(absent)}):
+    for colour in sorted({*rng.sample(colours, min(2, len(colours))), rng.choice(absent)}):
         ask("count", "count colour", (colour,), str(colours.count(colour)))
     rng.shuffle(asked)
     return asked

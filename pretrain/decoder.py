@@ -34,7 +34,7 @@ class DecoderConfig(LoopConfig):
     scenes: str = MISSING  # folder that dataprocess.scenes wrote
     tokenizer: str = MISSING  # folder of the tokenizer
     output: str = MISSING  # folder for the decoder
-    steps: int = 600  # optimizer steps, those of copying included
+    steps: int = 540  # optimizer steps, those of copying included
     batch_size: int = 96  # conversations a step
     copy_steps: int = 100  # steps at the start in which only sequences are copied
     copy_share: float = 0.15  # share of sequences to copy in the steps after those
