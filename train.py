@@ -87,9 +87,14 @@ def build_model(config: ModelConfig) -> MultiModalModel:
     """Frozen encoder and decoder from disk or hub, a fresh projector and fresh LoRA layers between them.
 
     Raises:
+        ConfigError: a local folder that is not there.
         ValueError: weights that are not complete, or an encoder or LoRA setting that does not fit them.
     """
     e, p, lora = config.encoder, config.projector, config.lora
+    for key, path in (("model.decoder", config.decoder), ("model.encoder.path", e.path)):
+        # A hub id has one slash at most, and a hub would answer that this one is malformed.
+        if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
+            raise ConfigError(f"{key}: there is no folder {path}")
     encoder = build_encoder(
         e.kind,
         e.path,

@@ -25,7 +25,8 @@ from model.loss import supervised_cross_entropy
 from pretrain.loop import LoopConfig, compare, is_done, optimise, save_folder
 from qwen import QWenConfig, QWenLMHeadModel, QWenTokenizer
 
-EXPECTED = {"copy": 0.9, "colour": 0.85, "shape": 0.85, "position": 0.85, "existence": 0.75, "count": 0.75}
+# What suffices for the stage after this one, which goes on learning to look up; existence may still be at chance.
+EXPECTED = {"copy": 0.9, "colour": 0.75, "shape": 0.8, "position": 0.8, "existence": 0.5, "count": 0.75}
 TEST_CONVERSATIONS = 400
 
 

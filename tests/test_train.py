@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from config import load_config
+from config import ConfigError, load_config
 from dataset.collator import Collator
 from dataset.record import write_records
 from run_folder import RunError, complete_checkpoints, resume_point
@@ -324,3 +324,10 @@ def test_mistakes_in_the_configuration_end_the_script_with_one_line(tiny, tmp_pa
     monkeypatch.setattr(sys, "argv", ["train.py", *tiny.arguments(tmp_path, "lora_rl=1")])
     with pytest.raises(SystemExit, match="^train.py: command line: unknown key 'lora_rl' .did you mean train.lora_lr"):
         main()
+
+
+@pytest.mark.parametrize("key", ["model.decoder", "model.encoder.path"])
+def test_local_folder_that_is_not_there_is_named(tiny, tmp_path, key):
+    gone = str(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=f"{key}: there is no folder {gone}"):
+        build_model(tiny.config(tmp_path, f"{key}={gone}").model)
