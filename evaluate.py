@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -311,4 +312,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:  # files and settings of the user: the message says what to mend
+        sys.exit(f"evaluate.py: {error}")

@@ -9,6 +9,7 @@ The answer appears token by token, except with --num_beams above 1, where it is 
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -154,4 +155,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:  # files and settings of the user: the message says what to mend
+        sys.exit(f"inference.py: {error}")

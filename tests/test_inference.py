@@ -1,6 +1,7 @@
 """inference.py: a streamed answer equals the generated one, conversations keep turns and pictures, text stays text."""
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -119,3 +120,13 @@ def test_conversation_in_a_fresh_process(checkpoint, tiny):
 def test_missing_picture_is_named(checkpoint, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere.png"):
         main(monkeypatch, "--checkpoint_path", checkpoint, "--text", "?", "--image", "nowhere.png")
+
+
+def test_a_folder_that_is_no_checkpoint_ends_the_script_with_one_line(tmp_path):
+    command = [sys.executable, "inference.py", "--checkpoint_path", str(tmp_path), "--text", "?"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(inference.__file__).parent)
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1] == (
+        f"inference.py: {tmp_path} is no complete checkpoint: it has no kanjian.json"
+    )
+    assert "Traceback" not in run.stderr
