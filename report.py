@@ -108,7 +108,7 @@ def plot_losses(run: Path) -> None:
     """Loss of tower, decoder and the whole model over their steps."""
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     stages = (("tower", "CLIP tower (contrastive)"), ("decoder", "Qwen-1 decoder (text)"))
-    for axis, (name, title) in zip(axes, stages, strict=False):
+    for axis, (name, title) in zip(axes[:2], stages, strict=True):
         history = json.loads((run / name / "metrics.json").read_text(encoding="utf-8"))["history"]
         axis.plot([point["step"] for point in history], [point["loss"] for point in history])
         axis.set(title=title, xlabel="step", ylabel="loss", yscale="log")

@@ -11,14 +11,13 @@ The same command continues an interrupted run; `train.overwrite=true` starts ove
 import sys
 from pathlib import Path
 
-import pyarrow as pa
 from transformers import set_seed
 from transformers.trainer_callback import TrainerState
 
 from config import Config, ConfigError, ModelConfig, load_config
 from dataset.collator import Collator
 from dataset.dataset import RecordDataset
-from dataset.record import Records, read_records
+from dataset.record import read_records
 from model import MultiModalModel
 from model.decoder import load_decoder
 from model.lora import add_lora
@@ -123,7 +122,7 @@ def load_dataset(config: Config, files: list[str], model: MultiModalModel) -> Re
     """Samples of all record files, one after the other, as `config.data` says."""
     c = config.data
     return RecordDataset(
-        Records(pa.concat_tables([read_records(file).table for file in files])),
+        read_records(files),
         model.tokenizer,
         model.encoder.preprocess,
         model.encoder.num_features,

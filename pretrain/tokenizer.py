@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from config import ConfigError, load_config
 from qwen import QWenTokenizer
-from qwen.tokenization_qwen import PATTERN, RANKS_FILE, write_ranks
+from qwen.tokenization_qwen import RANKS_FILE, pre_tokenizer, write_ranks
 
 
 @dataclass
@@ -32,12 +32,7 @@ def train_ranks(words: list[str]) -> dict[bytes, int]:
     """
     characters = sorted({character for word in words for character in word if not character.isascii()})
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=100_000,  # no limit: merging ends when every word is whole
         min_frequency=2,

@@ -68,6 +68,16 @@ def write_ranks(ranks: dict[bytes, int], path: str | Path) -> None:
     temporary.replace(path)
 
 
+def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Divides text by the published pattern and writes its bytes as characters, as byte-level BPE wants them."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
 def backend_from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
     """Backend that encodes as the ranks say: NFC, the published pattern, byte-level BPE, the special tokens."""
     characters = bytes_to_unicode()
@@ -82,12 +92,7 @@ def backend_from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
     vocab = {names[token]: rank for token, rank in ranks.items()}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=True, special=True) for token in SPECIAL_TOKENS])
     return backend
