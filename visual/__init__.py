@@ -28,6 +28,7 @@ def build_encoder(
     drop_first_patch: bool = False,
     dtype: torch.dtype | str | None = None,
     pretrained: str | None = None,
+    load_weights: bool = True,
 ) -> VisionEncoder:
     """A frozen vision encoder with its published weights, in eval mode.
 
@@ -43,6 +44,8 @@ def build_encoder(
         dtype: of weights and features; None is float32.
         pretrained: weights for a model name of `open_clip` (a tag or a file; needed) or of `timm` (a file; None is
             the weights that timm publishes under that name).
+        load_weights: False: only configurations are read and the weights are as the architecture initializes them; on
+            the meta device (`with torch.device("meta")`) the encoder has shapes and takes no memory.
 
     Raises:
         ValueError: unknown kind, option that this kind does not have, weights that do not fit exactly.
@@ -59,7 +62,7 @@ def build_encoder(
         "drop_first_patch": drop_first_patch,
         "pretrained": None if pretrained is None else str(pretrained),
     }
-    encoder = ENCODERS[kind](str(path), dtype=_floating_dtype(dtype_name), **options)
+    encoder = ENCODERS[kind](str(path), dtype=_floating_dtype(dtype_name), load_weights=load_weights, **options)
     encoder.spec = {"kind": kind, "path": str(path), **options, "dtype": dtype_name}
     return encoder
 

@@ -22,11 +22,12 @@ def build_clip(
     drop_first_patch: bool,
     pretrained: str | None,
     dtype: torch.dtype,
+    load_weights: bool,
 ) -> VisionEncoder:
     """Features are the outputs of the last or last but one block; CLIP's final norm is for the class token only."""
     refuse("clip", drop_first_patch=drop_first_patch, pretrained=pretrained)
     config = load_vision_config(path, "clip")
-    model = load_vision_model(_VisionHalf, path, config, dtype)
+    model = load_vision_model(_VisionHalf, path, config, dtype, load_weights)
     if layer == "penultimate":
         del model.encoder.layers[-1]
     features = partial(_features, drop_class_token=drop_class_token is not False)

@@ -19,6 +19,7 @@ def build_open_clip(
     drop_first_patch: bool,
     pretrained: str | None,
     dtype: torch.dtype,
+    load_weights: bool,
 ) -> VisionEncoder:
     """Features are patch tokens, never the pooled vector.
 
@@ -27,9 +28,10 @@ def build_open_clip(
     (or last but one) feature map.
     """
     refuse("open_clip", drop_first_patch=drop_first_patch)
-    tower = _load(path, pretrained).to(dtype)
+    tower = _load(path, pretrained, load_weights).to(dtype)
     size = (tower.image_size,) * 2 if isinstance(tower.image_size, int) else tower.image_size
     backbone, features = _features_of(tower, path, layer, drop_class_token)
+    backbone.preprocess_cfg = tower.preprocess_cfg  # which a timm trunk does not have
     return VisionEncoder(backbone, features, size, partial(_load_preprocess, tower.preprocess_cfg))
 
 
@@ -40,7 +42,7 @@ def _load_preprocess(settings: dict) -> Preprocess:
     return Preprocess(transform, center_crop=settings["resize_mode"] == "shortest")
 
 
-def _load(path: str, pretrained: str | None) -> nn.Module:
+def _load(path: str, pretrained: str | None, load_weights: bool) -> nn.Module:
     """The image tower of a dual tower that open_clip loads whole and strictly."""
     import open_clip  # takes seconds, and only this kind needs it
 
@@ -55,7 +57,12 @@ def _load(path: str, pretrained: str | None) -> nn.Module:
     tag = open_clip.get_pretrained_cfg(path.replace("/", "-"), pretrained) if pretrained else {}
     try:
         model = open_clip.create_model(
-            name, pretrained=pretrained, force_quick_gelu=bool(tag.get("quick_gelu")), require_pretrained=True
+            name,
+            device=torch.get_default_device(),
+            pretrained=pretrained if load_weights else None,
+            load_weights=load_weights,
+            force_quick_gelu=bool(tag.get("quick_gelu")),
+            require_pretrained=load_weights,
         )
     except RuntimeError as error:
         raise ValueError(f"open_clip {path}, pretrained={pretrained!r}: {error}") from error

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTr
 from transformers.image_processing_utils import BaseImageProcessor
 
 from visual.preprocess import Preprocess
+from visual.weights import load_strictly
 
 # Names in the files of a dual tower that the vision half has no place for. Old files also hold `position_ids`.
 TEXT_HALF = [
@@ -37,30 +38,34 @@ def load_vision_config(path: str, kind: str) -> PreTrainedConfig:
 
 
 def load_vision_model(
-    model_class: type[PreTrainedModel], path: str, config: PreTrainedConfig, dtype: torch.dtype
+    model_class: type[PreTrainedModel], path: str, config: PreTrainedConfig, dtype: torch.dtype, load_weights: bool
 ) -> PreTrainedModel:
-    """The vision half with its weights; nothing else of the checkpoint enters memory.
+    """The vision half with its weights, or with initial ones; nothing else of the checkpoint enters memory.
 
     Raises:
         ValueError: a weight is missing, has another shape, or has a name that is neither of the vision half nor of
             what `model_class` is known to leave out.
     """
-    model, report = model_class.from_pretrained(
+    if not load_weights:
+        return model_class._from_config(config, dtype=dtype)
+    return load_strictly(
+        model_class,
         path,
         config=config,
         dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below with the rest, by name
         # Dual towers call the half `vision_model.`; a file of the half alone may or may not.
         key_mapping={r"^vision_model\.": ""},
     )
-    problems = [f"{what.replace('_', ' ')}: {sorted(map(str, names))}" for what, names in report.items() if names]
-    if problems:
-        raise ValueError(f"{path}: the weights don't fit {type(config).__name__}; " + "; ".join(problems))
-    return model
 
 
 def load_processor(path: str) -> Preprocess:
+    """The preprocessing published with the weights; raises what `load_image_processor` raises."""
+    processor = load_image_processor(path)
+    center_crop = bool(getattr(processor, "do_center_crop", False) and "shortest_edge" in processor.size)
+    return Preprocess(partial(_process, processor), center_crop)
+
+
+def load_image_processor(path: str) -> BaseImageProcessor:
     """The image processor published with the weights.
 
     Raises:
@@ -69,14 +74,12 @@ def load_processor(path: str) -> Preprocess:
     try:
         # The PIL backend is the arithmetic that CLIP, SigLIP and the projectors on top of them were trained with
         # (torchvision's differs by single grey levels), and the one that open_clip and timm use.
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"{path} has no usable preprocessor_config.json. Add the one published with these weights: it holds "
             f"image_processor_type, size, crop_size, image_mean, image_std and resample. ({error})"
         ) from error
-    center_crop = bool(getattr(processor, "do_center_crop", False) and "shortest_edge" in processor.size)
-    return Preprocess(partial(_process, processor), center_crop)
 
 
 def _process(processor: BaseImageProcessor, image: Image.Image) -> torch.Tensor:

@@ -23,6 +23,7 @@ def build_siglip(
     drop_first_patch: bool,
     pretrained: str | None,
     dtype: torch.dtype,
+    load_weights: bool,
 ) -> VisionEncoder:
     """Features are all patches: after the final norm for the last layer, as they are for the one before.
 
@@ -32,7 +33,7 @@ def build_siglip(
     refuse("siglip", drop_class_token=drop_class_token, pretrained=pretrained)
     config = load_vision_config(path, "siglip")
     config.vision_use_head = False
-    model = load_vision_model(_VisionHalf, path, config, dtype)
+    model = load_vision_model(_VisionHalf, path, config, dtype, load_weights)
     if layer == "penultimate":
         del model.encoder.layers[-1]
         model.post_layernorm = nn.Identity()

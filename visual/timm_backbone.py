@@ -18,12 +18,13 @@ def build_timm(
     drop_first_patch: bool,
     pretrained: str | None,
     dtype: torch.dtype,
+    load_weights: bool,
 ) -> VisionEncoder:
     """Features are `forward_features` of timm, or the feature level before (block of a ViT, stage of a ResNet)."""
     import timm.data  # takes seconds, and only this kind needs it
 
     refuse("timm", drop_first_patch=drop_first_patch)
-    model = _load(path, pretrained).to(dtype)
+    model = _load(path, pretrained, load_weights).to(dtype)
     check_timm_model(model, path, layer, drop_class_token)
     settings = timm.data.resolve_model_data_config(model)
     features = partial(timm_features, layer=layer, drop_prefix=drop_class_token is not False)
@@ -37,13 +38,16 @@ def _load_preprocess(settings: dict) -> Preprocess:
     return Preprocess(transform, center_crop=settings["crop_mode"] == "center")
 
 
-def _load(path: str, pretrained: str | None) -> nn.Module:
+def _load(path: str, pretrained: str | None, load_weights: bool) -> nn.Module:
     import timm
 
     name = f"local-dir:{path}" if Path(path).is_dir() else path
     try:
         # Built with the published classifier and cut after: asked for 0 classes, timm would load without strictness.
-        model = timm.create_model(name, pretrained=True) if pretrained is None else _load_file(name, pretrained)
+        if pretrained is None or not load_weights:
+            model = timm.create_model(name, pretrained=load_weights)
+        else:
+            model = _load_file(name, pretrained)
     except RuntimeError as error:
         raise ValueError(f"timm {path}, pretrained={pretrained!r}: {error}") from error
     model.reset_classifier(0)

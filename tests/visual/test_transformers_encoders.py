@@ -133,13 +133,13 @@ def test_old_position_ids_are_no_error(folders, golden, tmp_path):
 def test_weights_must_fit_exactly(folders, tmp_path, kind):
     name = "vision_model.encoder.layers.1.mlp.fc1.bias"
     missing = rewrite(folders[kind], tmp_path / "missing", lambda weights: weights.pop(name))
-    with pytest.raises(ValueError, match=r"missing keys.*layers\.1\.mlp\.fc1\.bias"):
+    with pytest.raises(ValueError, match=r"missing: .*layers\.1\.mlp\.fc1\.bias"):
         build_encoder(kind, missing)
     extra = rewrite(folders[kind], tmp_path / "extra", lambda w: w.update({"vision_model.adapter": torch.ones(2)}))
-    with pytest.raises(ValueError, match=r"unexpected keys.*adapter"):
+    with pytest.raises(ValueError, match=r"unexpected: .*adapter"):
         build_encoder(kind, extra)
     shape = rewrite(folders[kind], tmp_path / "shape", lambda weights: weights.update({name: torch.ones(3)}))
-    with pytest.raises(ValueError, match=r"mismatched keys.*layers\.1\.mlp\.fc1\.bias.*\[3\].*\[64\]"):
+    with pytest.raises(ValueError, match=r"of another shape: .*layers\.1\.mlp\.fc1\.bias \[3\] instead of \[64\]"):
         build_encoder(kind, shape)
 
 
@@ -150,7 +150,7 @@ def test_a_pickle_with_code_is_refused(folders, tmp_path):
 
     shutil.copy(folders["clip"] / "config.json", tmp_path)
     torch.save({"vision_model.x": Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match="(?i)weights.only"):
+    with pytest.raises(ValueError, match="nothing of it was run"):
         build_encoder("clip", tmp_path)
     assert not (tmp_path / "run").exists()
 
