@@ -61,7 +61,9 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen decoder; what is trained is float32
+    quantization: Literal["none", "nf4", "int8"] = "none"  # of the decoder's frozen matrices, by bitsandbytes
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"  # decoder attention
+    checkpoint: str | None = None  # folder whose trained weights, of equal LoRA and projector, are the start
 
 
 @dataclass
@@ -86,6 +88,7 @@ class TrainConfig:
     per_device_eval_batch_size: int = 8  # samples per process when validating
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = "group_by_length"  # sample order
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: its moments in 8 bits, by bitsandbytes
     lora_lr: float = 3e-5  # peak learning rate of the LoRA weights
     projector_lr: float = 1e-4  # peak learning rate of the projector
     lr_scheduler_type: str = "linear"  # any schedule of transformers: linear, cosine, constant_with_warmup, ...
@@ -299,8 +302,12 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def config_differences(config: Config, saved_file: str | Path) -> list[str]:
-    """Lines `key: saved -> now` for every value that differs from a saved configuration, `FREE_KEYS` aside."""
-    saved = flat_values(OmegaConf.load(saved_file))
+    """Lines `key: saved -> now` for every value that differs from a saved configuration, `FREE_KEYS` aside.
+
+    A key that a saved configuration lacks, since it is younger, had the effect of its default.
+    """
+    defaults = flat_values(OmegaConf.structured(type(config)))
+    saved = {**defaults, **flat_values(OmegaConf.load(saved_file))}
     now = flat_values(OmegaConf.structured(config))
     keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
     absent = "(absent)"

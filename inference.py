@@ -4,6 +4,10 @@
     python inference.py --checkpoint_path outputs/run --image a.jpg b.jpg --text "What differs?" --num_beams 4
     python inference.py --checkpoint_path outputs/run                      conversation; /image /clear /quit, Ctrl-D
 
+An adapter of the first system (a folder with other_params.bin) does not say where its frozen weights lie:
+
+    python inference.py --checkpoint_path step-36000 --decoder /models/Qwen-7B-Chat --encoder /models/siglip --text ...
+
 The answer appears token by token, except with --num_beams above 1, where it is known only at its end.
 """
 
@@ -15,7 +19,6 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from config import read_config
 from dataset.template import encode_prompt
 from model import MultiModalModel
 from visual import load_image
@@ -115,21 +118,40 @@ def add_images(chat: Chat, paths: list[str]) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that `load_model` reads."""
-    parser.add_argument("--checkpoint_path", required=True, help="folder that train.py wrote, or a checkpoint-N in it")
+    parser.add_argument(
+        "--checkpoint_path",
+        required=True,
+        help="folder that train.py wrote, a checkpoint-N in it, or a folder with other_params.bin",
+    )
+    parser.add_argument("--decoder", help="folder or hub id of the decoder; default: the recorded one")
+    parser.add_argument("--encoder", help="folder or hub id of the encoder; default: the recorded one")
+    parser.add_argument(
+        "--num_features",
+        type=int,
+        help="with other_params.bin: feature vectors per picture in its training (SigLIP: 728 without the first "
+        "patch, the default, or 729)",
+    )
     parser.add_argument("--device", help="cuda, cpu, ...; default: cuda where there is one")
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, help="of the decoder; default: the recorded one")
+    parser.add_argument(
+        "--quantization", choices=("none", "nf4", "int8"), help="of the decoder; default: the recorded one"
+    )
     parser.add_argument("--system", help="text of the system turn; default: the one of the training")
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[MultiModalModel, str | None]:
     """Model in eval mode on its device, and the system text that belongs to it."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = MultiModalModel.from_pretrained(arguments.checkpoint_path, dtype=arguments.dtype).to(device)
-    system, config_file = arguments.system, Path(arguments.checkpoint_path, "config.yaml")
-    if system is None and config_file.exists():
-        system = read_config(config_file).data.system
-    return model, system
+    model = MultiModalModel.from_pretrained(
+        arguments.checkpoint_path,
+        decoder=arguments.decoder,
+        encoder=arguments.encoder,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        num_features=arguments.num_features,
+    )
+    return model, model.system if arguments.system is None else arguments.system
 
 
 def main() -> None:

@@ -3,14 +3,17 @@
     python train.py --config configs/qwen7b_siglip.yaml
     python train.py --config configs/qwen7b_siglip.yaml --train records/ --output_dir outputs/mine lora.r=64 --bf16 true
     torchrun --nproc_per_node 2 train.py --config configs/qwen7b_siglip.yaml
+    python train.py --config configs/qwen7b_siglip.yaml --plan --gpu_memory 24        the memory it will need
     python train.py --help                                        every key with its default and meaning
 
 The same command continues an interrupted run; `train.overwrite=true` starts over.
 """
 
+import os
 import sys
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 from transformers.trainer_callback import TrainerState
 
@@ -19,6 +22,7 @@ from dataset.collator import Collator
 from dataset.dataset import RecordDataset
 from dataset.record import read_records
 from model import MultiModalModel
+from model.checkpoint import load_trained
 from model.decoder import load_decoder
 from model.lora import add_lora
 from model.optim import parameter_groups
@@ -32,7 +36,12 @@ from visual import build_encoder
 
 def main() -> None:
     try:
-        train(load_config(sys.argv[1:]))
+        if "--plan" in sys.argv:
+            import plan  # it imports much, and only this needs it
+
+            plan.main(sys.argv[1:])
+        else:
+            train(load_config(sys.argv[1:]))
     except ConfigError as error:
         sys.exit(f"train.py: {error}")
     except RunError as error:
@@ -47,12 +56,17 @@ def train(config: Config) -> VLMTrainer:
 
     Raises:
         RunError: the output folder holds a finished run or a run with another configuration.
+        ConfigError: the model can't be built of what the configuration names.
     """
     args = training_arguments(config)
     with args.main_process_first(local=False):
         checkpoint = resume_point(config, main_process=args.process_index == 0)
     set_seed(config.train.seed)
-    model = build_model(config.model)
+    try:
+        model = build_model(config.model, args.device)
+    except (OSError, ValueError) as error:  # weights that are not there, incomplete or for another model
+        raise ConfigError(str(error)) from error
+    model.system = config.data.system
     trainer = VLMTrainer(
         model,
         config,
@@ -82,15 +96,27 @@ def run(trainer: VLMTrainer, checkpoint: Path | None) -> None:
     trainer.finish()
 
 
-def build_model(config: ModelConfig) -> MultiModalModel:
-    """Frozen encoder and decoder from disk or hub, a fresh projector and fresh LoRA layers between them.
+def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> MultiModalModel:
+    """Frozen encoder and decoder from disk or hub, and between them projector and LoRA layers.
+
+    These two are fresh, or those of `config.checkpoint`.
+
+    Args:
+        device: where the decoder is loaded to; the rest follows when the Trainer places the model.
 
     Raises:
         ConfigError: a local folder that is not there.
         ValueError: weights that are not complete, or an encoder or LoRA setting that does not fit them.
     """
     e, p, lora = config.encoder, config.projector, config.lora
-    for key, path in (("model.decoder", config.decoder), ("model.encoder.path", e.path)):
+    folders = {
+        "model.decoder": config.decoder,
+        "model.encoder.path": e.path,
+        "model.checkpoint": config.checkpoint and os.path.abspath(config.checkpoint),  # never a hub id
+    }
+    for key, path in folders.items():
+        if path is None:
+            continue
         # A hub id has one slash at most, and a hub would answer that this one is malformed.
         if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
             raise ConfigError(f"{key}: there is no folder {path}")
@@ -104,7 +130,13 @@ def build_model(config: ModelConfig) -> MultiModalModel:
         pretrained=e.pretrained,
     )
     tokenizer = QWenTokenizer.from_pretrained(config.decoder)
-    decoder = load_decoder(config.decoder, config.dtype, attn_implementation=config.attn_implementation)
+    decoder = load_decoder(
+        config.decoder,
+        config.dtype,
+        quantization=config.quantization,
+        device=device,
+        attn_implementation=config.attn_implementation,
+    )
     projector = build_projector(
         p.kind,
         encoder.width,
@@ -115,7 +147,10 @@ def build_model(config: ModelConfig) -> MultiModalModel:
     )
     if lora.r > 0:
         decoder = add_lora(decoder, lora.r, lora.alpha, lora.dropout, lora.targets)
-    return MultiModalModel(encoder, projector, decoder, tokenizer.placeholder_id, tokenizer)
+    model = MultiModalModel(encoder, projector, decoder, tokenizer.placeholder_id, tokenizer)
+    if config.checkpoint:
+        load_trained(model, config.checkpoint)
+    return model
 
 
 def load_dataset(config: Config, files: list[str], model: MultiModalModel) -> RecordDataset:

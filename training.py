@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from bitsandbytes.optim import AdamW8bit
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -70,9 +71,11 @@ class VLMTrainer(Trainer):
         if self.optimizer is None:
             c = self.config.train
             groups = parameter_groups(self.model, c.lora_lr, c.projector_lr, c.weight_decay)
-            self.optimizer = torch.optim.AdamW(
-                groups, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon, fused=True
-            )
+            options = {"betas": (c.adam_beta1, c.adam_beta2), "eps": c.adam_epsilon}
+            if c.optimizer == "adamw_8bit":
+                self.optimizer = AdamW8bit(groups, **options)
+            else:
+                self.optimizer = torch.optim.AdamW(groups, **options, fused=True)
         return self.optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):

@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from model.decoder import quantization_of
+from model.legacy import is_legacy, read_legacy
 from model.lora import lora_config, write_lora_config
 from model.optim import trained_part
+from visual.weights import read_tensors
 
 if TYPE_CHECKING:
     from model.model import MultiModalModel
 
-FORMAT = 1
+FORMAT = 2
 SPEC_FILE = "kanjian.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -79,14 +82,20 @@ def read_spec(folder: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: no complete checkpoint in `folder`.
-        ValueError: a format version that this code does not know.
+        ValueError: no JSON, or a format version that this code does not know.
     """
     file = Path(folder) / SPEC_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no complete checkpoint: it has no {SPEC_FILE}")
-    spec = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON file ({error}); copy the checkpoint again") from error
     if spec.get("format") != FORMAT:
-        raise ValueError(f"{file}: format {spec.get('format')!r}, this code reads format {FORMAT}")
+        raise ValueError(
+            f"{file}: format {spec.get('format')!r}, this code reads format {FORMAT}; take the version of "
+            "Kanjian that wrote the checkpoint"
+        )
     return spec
 
 
@@ -116,7 +125,7 @@ def resolve_paths(spec: dict, folder: str | Path, **replaced: str | Path | None)
 
 
 def load_trained(model: "MultiModalModel", folder: str | Path) -> None:
-    """Loads adapter and projector of a checkpoint into a model of the same shape.
+    """Loads adapter and projector of a checkpoint, or of an adapter folder of the first system, into a model.
 
     Raises:
         FileNotFoundError: no complete checkpoint in `folder`.
@@ -124,14 +133,17 @@ def load_trained(model: "MultiModalModel", folder: str | Path) -> None:
             unexpected and misshapen weights.
     """
     folder = Path(folder)
-    spec = read_spec(folder)
-    problems = _setting_differences(_describe(model), spec)
-    adapter = {}
-    if spec["adapter"]:
-        adapter = load_file(folder / ADAPTER_FILE)
-        if isinstance(model.decoder, PeftModel):
-            problems += _lora_differences(lora_config(model.decoder), LoraConfig.from_pretrained(str(folder)))
-    load_states(model, adapter, load_file(folder / PROJECTOR_FILE), source=str(folder), problems=problems)
+    if is_legacy(folder):
+        problems, has_adapter = [], True
+        adapter, projector = read_legacy(folder)
+    else:
+        spec = read_spec(folder)
+        problems, has_adapter = _setting_differences(_describe(model), spec), spec["adapter"]
+        adapter = read_tensors(folder / ADAPTER_FILE) if has_adapter else {}
+        projector = read_tensors(folder / PROJECTOR_FILE)
+    if has_adapter and isinstance(model.decoder, PeftModel):
+        problems += _lora_differences(lora_config(model.decoder), LoraConfig.from_pretrained(str(folder)))
+    load_states(model, adapter, projector, source=str(folder), problems=problems)
 
 
 def load_states(
@@ -165,9 +177,14 @@ def _describe(model: "MultiModalModel") -> dict:
     return {
         "format": FORMAT,
         "placeholder_id": model.placeholder_id,
+        "system": model.system,
         "encoder": dict(model.encoder.spec),
         "projector": dict(model.projector.spec),
-        "decoder": {"path": decoder.config._name_or_path, "dtype": str(decoder.dtype).removeprefix("torch.")},
+        "decoder": {
+            "path": decoder.config._name_or_path,
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "quantization": quantization_of(decoder),
+        },
         "adapter": isinstance(model.decoder, PeftModel),
         "tokenizer": model.tokenizer is not None,
     }

@@ -41,16 +41,20 @@ def supervised_cross_entropy(
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
     rows, targets = hidden[:, :-1][supervised], targets[supervised]  # [S, H], [S]
-    parameters = [p for p in head.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and (rows.requires_grad or parameters):
-        total = _ChunkedCrossEntropy.apply(rows, targets, head, chunk_tokens, *parameters)
-    else:
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        for row, target in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-            total = total + F.cross_entropy(head(row).float(), target, reduction="sum")
     if num_items is None:
         num_items = max(len(targets), 1)
-    return total / num_items
+    return summed_cross_entropy(rows, targets, head, chunk_tokens) / num_items
+
+
+def summed_cross_entropy(rows: Tensor, targets: Tensor, head: nn.Module, chunk_tokens: int = 256) -> Tensor:
+    """Summed float32 cross entropy of `head(rows)`, rows `[S, H]`, and the ids `targets` `[S]`, a chunk at a time."""
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and (rows.requires_grad or parameters):
+        return _ChunkedCrossEntropy.apply(rows, targets, head, chunk_tokens, *parameters)
+    total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    for row, target in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        total = total + F.cross_entropy(head(row).float(), target, reduction="sum")
+    return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -6,11 +6,13 @@ from typing import Self
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.checkpoint import load_trained, read_spec, resolve_paths, save_trained
-from model.decoder import load_decoder
+from model.decoder import Quantization, load_decoder, quantization_of
+from model.legacy import is_legacy, legacy_spec
 from model.lora import language_model, wrap_with_lora
 from model.loss import supervised_cross_entropy
 from model.projector import Projector, build_projector
@@ -30,6 +32,7 @@ class MultiModalModel(nn.Module):
         decoder: `MultimodalQWenLMHeadModel`, plain or with LoRA layers (`model.lora.add_lora`).
         placeholder_id: token that one feature vector replaces.
         tokenizer: gives `generate` its stop tokens and is saved with the checkpoint.
+        system: text of the system turn that the model is trained with; saved with the checkpoint, for prompts.
     """
 
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch and does not divide the loss again
@@ -44,13 +47,16 @@ class MultiModalModel(nn.Module):
         decoder: nn.Module,
         placeholder_id: int,
         tokenizer: QWenTokenizer | None = None,
+        system: str | None = None,
     ):
         super().__init__()
+        _check_widths(encoder, projector, language_model(decoder))
         self.encoder = encoder.requires_grad_(False)
         self.projector = projector
         self.decoder = decoder
         self.placeholder_id = placeholder_id
         self.tokenizer = tokenizer
+        self.system = system
         self.language_model.config.placeholder_id = placeholder_id
         _freeze_base(decoder)
 
@@ -197,13 +203,27 @@ class MultiModalModel(nn.Module):
     def merge(self) -> Self:
         """Adds the LoRA matrices into the decoder's weights and removes the adapter; logits stay as they are.
 
-        The decoder then no longer equals the weights on disk, so the model can be saved only after the decoder was:
-        `model.language_model.save_pretrained(folder)`, and `MultimodalQWenLMHeadModel.from_pretrained(folder)`.
+        The sum is made in float32 and rounded once to the dtype of the decoder. The decoder then no longer equals the
+        weights on disk, so the model can be saved only after the decoder was:
+        `model.language_model.save_pretrained(folder)`, and `load_decoder(folder)`; `export.py` does both.
+
+        Raises:
+            ValueError: the decoder is quantized, and the sum would be rounded to 4 or 8 bits.
         """
-        if isinstance(self.decoder, PeftModel):
-            self.decoder = self.decoder.merge_and_unload()
-            self.decoder.config._name_or_path = ""
-            _freeze_base(self.decoder)
+        if not isinstance(self.decoder, PeftModel):
+            return self
+        if (quantization := quantization_of(self.language_model)) != "none":
+            raise ValueError(f'LoRA is not merged into {quantization} weights; load the model with quantization="none"')
+        for layer in self.decoder.modules():
+            if isinstance(layer, LoraLayer):
+                base = layer.get_base_layer()
+                dtype = base.weight.dtype
+                base.float()
+                layer.merge()
+                base.to(dtype)
+        self.decoder = self.decoder.unload()
+        self.decoder.config._name_or_path = ""
+        _freeze_base(self.decoder)
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -218,32 +238,63 @@ class MultiModalModel(nn.Module):
         decoder: str | Path | None = None,
         encoder: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
+        quantization: Quantization | None = None,
+        device: torch.device | str | None = None,
+        num_features: int | None = None,
+        placeholder_id: int | None = None,
         **kwargs,
     ) -> Self:
         """Rebuilds a model from a checkpoint folder and the frozen weights that it names; in eval mode.
 
         Args:
-            folder: what `save_pretrained` wrote.
+            folder: what `save_pretrained` wrote, or an adapter folder of the first system (`model/legacy.py`).
             decoder, encoder: where the frozen weights lie now, instead of the recorded paths.
             dtype: of the decoder; the recorded one by default.
+            quantization: of the decoder, see `load_decoder`; the recorded one by default.
+            device: where the model goes; its decoder directly. None is the CPU.
+            num_features, placeholder_id: for adapters of the first system alone, see `legacy_spec`.
             kwargs: further arguments of the decoder's `from_pretrained`, such as `attn_implementation`.
 
         Raises:
             FileNotFoundError: the folder is no complete checkpoint, or the frozen weights are not where it says.
-            ValueError: names or shapes of weights differ from the model's; one error lists all of them.
+            ValueError: names or shapes of weights differ from the model's (one error lists all of them), a file is
+                damaged, or the checkpoint has a format that this code does not know.
         """
-        spec = resolve_paths(read_spec(folder), folder, decoder=decoder, encoder=encoder)
-        dtype = dtype or spec["decoder"]["dtype"]
-        base = load_decoder(spec["decoder"]["path"], dtype, **kwargs)
+        if is_legacy(folder):
+            spec = legacy_spec(folder, decoder, encoder, num_features, placeholder_id)
+        elif num_features is None and placeholder_id is None:
+            spec = resolve_paths(read_spec(folder), folder, decoder=decoder, encoder=encoder)
+        else:
+            raise ValueError(f"{folder} records num_features and placeholder_id itself; leave them out")
+        base = load_decoder(
+            spec["decoder"]["path"],
+            dtype or spec["decoder"]["dtype"],
+            quantization=quantization or spec["decoder"]["quantization"],
+            device=device,
+            **kwargs,
+        )
+        tokenizer_folder = spec["decoder"]["path"] if is_legacy(folder) else folder
         model = cls(
             encoder=build_encoder(**spec["encoder"]),
             projector=build_projector(**spec["projector"]),
             decoder=wrap_with_lora(base, LoraConfig.from_pretrained(str(folder))) if spec["adapter"] else base,
             placeholder_id=spec["placeholder_id"],
-            tokenizer=QWenTokenizer.from_pretrained(folder) if spec["tokenizer"] else None,
+            tokenizer=QWenTokenizer.from_pretrained(tokenizer_folder) if spec["tokenizer"] else None,
+            system=spec["system"],
         )
         load_trained(model, folder)
-        return model.eval()
+        return model.to(device).eval()
+
+
+def _check_widths(encoder: nn.Module, projector: Projector, decoder: nn.Module) -> None:
+    """Raises ValueError where the projector does not lead from the encoder to the decoder."""
+    found = (projector.spec["in_width"], projector.spec["out_width"])
+    if found != (encoder.width, decoder.config.hidden_size):
+        raise ValueError(
+            f"the projector maps vectors of width {found[0]} to {found[1]}, but the encoder "
+            f"({encoder.spec.get('path')}) yields {encoder.width} and the decoder ({decoder.config._name_or_path}) "
+            f"takes {decoder.config.hidden_size}"
+        )
 
 
 def _freeze_base(decoder: nn.Module) -> None:

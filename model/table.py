@@ -12,16 +12,27 @@ def module_table(model: nn.Module, groups: Sequence[dict] = ()) -> str:
         groups: optimizer groups (`model.optim.parameter_groups`); without them the LR column is empty.
     """
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    parts = model_parts(model)
+    parts["total"] = [parameter for parameters in parts.values() for parameter in parameters]
+    rows = [("module", "parameters", "trainable", "dtype", "LR")]
+    rows += [_row(name, parameters, rates) for name, parameters in parts.items()]
+    return text_table(rows, right=(1, 2))
+
+
+def model_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters of a `MultiModalModel` by "encoder", "projector", "decoder" and "LoRA"; parts without any left out."""
     parts: dict[str, list[nn.Parameter]] = {"encoder": [], "projector": [], "decoder": [], "LoRA": []}
     for name, parameter in model.named_parameters():
         parts["LoRA" if ".lora_" in name else name.partition(".")[0]].append(parameter)
-    parts["total"] = [parameter for parameters in parts.values() for parameter in parameters]
-    rows = [("module", "parameters", "trainable", "dtype", "LR")]
-    rows += [_row(name, parameters, rates) for name, parameters in parts.items() if parameters]
+    return {name: parameters for name, parameters in parts.items() if parameters}
+
+
+def text_table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
+    """Rows as lines of aligned columns, those numbered in `right` flushed right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if column in (1, 2) else cell.ljust(width)
+            cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -30,12 +41,23 @@ def module_table(model: nn.Module, groups: Sequence[dict] = ()) -> str:
 
 def _row(name: str, parameters: list[nn.Parameter], rates: dict[int, float]) -> tuple[str, ...]:
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+    dtypes = sorted({_dtype(parameter) for parameter in parameters})
     lrs = sorted({rates[id(parameter)] for parameter in parameters if id(parameter) in rates})
     return (
         name,
-        f"{sum(parameter.numel() for parameter in parameters):,}",
+        f"{sum(map(_count, parameters)):,}",
         f"{trainable:,}",
         ", ".join(dtypes),
         ", ".join(f"{lr:g}" for lr in lrs),
     )
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter; bitsandbytes packs two 4-bit ones into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()
+
+
+def _dtype(parameter: nn.Parameter) -> str:
+    packed = getattr(parameter, "quant_state", None)
+    return str(parameter.dtype).removeprefix("torch.") if packed is None else packed.quant_type

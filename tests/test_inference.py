@@ -1,12 +1,14 @@
 """inference.py: a streamed answer equals the generated one, conversations keep turns and pictures, text stays text."""
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 
 import inference
 from inference import Chat, converse
@@ -130,3 +132,28 @@ def test_a_folder_that_is_no_checkpoint_ends_the_script_with_one_line(tmp_path):
         f"inference.py: {tmp_path} is no complete checkpoint: it has no kanjian.json"
     )
     assert "Traceback" not in run.stderr
+
+
+def test_an_adapter_of_the_first_system_answers(checkpoint, tiny, tmp_path, monkeypatch, capsys):
+    model = inference.MultiModalModel.from_pretrained(checkpoint)
+    torch.save(get_peft_model_state_dict(model.decoder), tmp_path / "adapter_model.bin")
+    torch.save({name[7:]: tensor for name, tensor in model.projector.state_dict().items()},
+               tmp_path / "other_params.bin")  # fmt: skip
+    shutil.copy(checkpoint / "adapter_config.json", tmp_path)
+    arguments = ["--image", tiny.folder / "images/red.png", "--text", "Which?", "--max_new_tokens", 6]
+    bases = ["--decoder", tiny.folder / "decoder", "--encoder", tiny.folder / "encoder"]
+    main(monkeypatch, "--checkpoint_path", tmp_path, *bases, *arguments)
+    answer = capsys.readouterr().out
+    main(monkeypatch, "--checkpoint_path", checkpoint, "--system", "你是一位图像理解助手。", *arguments)
+    assert answer == capsys.readouterr().out
+    with pytest.raises(ValueError, match="does not say where its frozen weights lie"):
+        main(monkeypatch, "--checkpoint_path", tmp_path, *arguments)
+    with pytest.raises(ValueError, match="records num_features and placeholder_id itself"):
+        main(monkeypatch, "--checkpoint_path", checkpoint, "--num_features", 4, *arguments)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_decoder_answers(checkpoint, tiny, monkeypatch, capsys, quantization):
+    main(monkeypatch, "--checkpoint_path", checkpoint, "--quantization", quantization, "--text", "Which?",
+         "--image", tiny.folder / "images/red.png", "--max_new_tokens", 6, "--device", "cpu")  # fmt: skip
+    assert capsys.readouterr().out.endswith("\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
@@ -18,6 +19,8 @@ from transformers import TrainerCallback
 from config import ConfigError, load_config
 from dataset.collator import Collator
 from dataset.record import write_records
+from model import MultiModalModel
+from model.decoder import quantization_of
 from run_folder import RunError, complete_checkpoints, resume_point
 from train import build_model, load_dataset, main, train
 from training import VLMTrainer
@@ -318,6 +321,53 @@ def test_two_processes_equal_one(tiny, tmp_path):
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=1e-3)
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_training_with_8_bit_adamw_resumes_bit_for_bit(tiny, tmp_path, capsys, quantization):
+    # Tensors of fewer than 4096 numbers keep moments of 32 bits: rank 128 makes matrices that are large enough.
+    settings = [f"quantization={quantization}", "optimizer=adamw_8bit", "lora.r=128", "max_steps=4", "eval_steps=2",
+                f"validation={tiny.folder}/validation.parquet"]  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(tiny.config(whole, *settings))
+    decoder = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("decoder")).split()
+    assert decoder[1:3] == ["45,408", "0"] and quantization in decoder[3:]
+    moments = torch.load(whole / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    assert any(value.dtype == torch.uint8 for value in tensors(moments))
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    shutil.copy(whole / "config.yaml", resumed)
+    train(tiny.config(resumed, *settings))
+    assert trajectory(resumed) == trajectory(whole)
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(whole).items())
+    model = MultiModalModel.from_pretrained(resumed)
+    assert quantization_of(model.language_model) == quantization
+
+
+def tensors(value) -> list[torch.Tensor]:
+    """All tensors in nested dicts."""
+    if isinstance(value, dict):
+        return [tensor for inner in value.values() for tensor in tensors(inner)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def test_a_run_can_start_from_trained_weights(tiny, reference, tmp_path):
+    trained = weights(reference)
+    model = build_model(tiny.config(tmp_path, f"model.checkpoint={reference}").model)
+    adapter = get_peft_model_state_dict(model.decoder)
+    assert all(torch.equal(adapter[name], trained[name]) for name in adapter)
+    assert torch.equal(model.projector.layers[0].weight, trained["layers.0.weight"])
+    with pytest.raises(ConfigError, match=r"LoRA r: 4 in the checkpoint, 2 in the model"):
+        train(tiny.config(tmp_path / "run", f"model.checkpoint={reference}", "lora.r=2"))
+    with pytest.raises(ConfigError, match="model.checkpoint: there is no folder .*/gone"):
+        train(tiny.config(tmp_path / "run", "model.checkpoint=gone"))
+
+
+def test_incomplete_weights_end_the_run_with_one_line(tiny, tmp_path):
+    decoder = shutil.copytree(tiny.folder / "decoder", tmp_path / "decoder")
+    file = decoder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=f"{file} can't be read: it is cut off or damaged"):
+        train(tiny.config(tmp_path / "run", f"model.decoder={decoder}"))
 
 
 def test_mistakes_in_the_configuration_end_the_script_with_one_line(tiny, tmp_path, monkeypatch):

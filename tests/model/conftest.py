@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from model import MultiModalModel
-from model.legacy import load_legacy
 from model.lora import add_lora
 from model.projector import build_projector
 from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
@@ -21,11 +20,12 @@ def legacy_model():
 
     def build(kind: str, dtype: torch.dtype = torch.float32) -> MultiModalModel:
         folder = GOLDEN / f"f_{kind}"
-        return load_legacy(
+        return MultiModalModel.from_pretrained(
             folder / "saved",
-            build_encoder(kind, str(folder / "vision"), drop_first_patch=kind == "siglip", dtype=dtype),
-            MultimodalQWenLMHeadModel.from_pretrained(GOLDEN / "llm", dtype=dtype),
-            PLACEHOLDER,
+            decoder=GOLDEN / "llm",
+            encoder=folder / "vision",
+            dtype=dtype,
+            placeholder_id=PLACEHOLDER,
         )
 
     return build

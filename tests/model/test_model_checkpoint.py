@@ -11,10 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from model import MultiModalModel
-from model.checkpoint import load_trained, save_trained
-from model.legacy import load_legacy
+from model.checkpoint import FORMAT, load_trained, save_trained
 from model.lora import add_lora
-from qwen import MultimodalQWenLMHeadModel
+from qwen import MultimodalQWenLMHeadModel, QWenConfig
 from tests.model.toy import PLACEHOLDER, pictures, prompt
 from visual import build_encoder
 
@@ -217,8 +216,8 @@ def test_unknown_format_is_an_error(outputs, make_model):
     model = _model(outputs, make_model)
     model.save_pretrained(outputs / "run")
     file = outputs / "run" / "kanjian.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
-    with pytest.raises(ValueError, match="format 2, this code reads format 1"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": FORMAT + 1}))
+    with pytest.raises(ValueError, match=f"format {FORMAT + 1}, this code reads format {FORMAT}; take the version"):
         MultiModalModel.from_pretrained(outputs / "run")
 
 
@@ -266,17 +265,73 @@ def test_legacy_folder_converts(golden, outputs, legacy_model):
 def test_legacy_folder_is_read_strictly(golden, tmp_path):
     folder = tmp_path / "saved"
     shutil.copytree(golden / "f_siglip" / "saved", folder)
-    encoder = build_encoder("siglip", str(golden / "f_siglip" / "vision"), drop_first_patch=True)
-    decoder = MultimodalQWenLMHeadModel.from_pretrained(golden / "llm")
     state = torch.load(folder / "other_params.bin", weights_only=True)
-    state["0.weight"] = state["0.weight"][:, :7]
-    state["x"] = state.pop("2.weight")
+    state["2.weight"] = state["2.weight"][:, :7]
+    state["x"] = state.pop("2.bias")
     torch.save(state, folder / "other_params.bin")
     with pytest.raises(ValueError) as caught:
-        load_legacy(folder, encoder, decoder, PLACEHOLDER)
-    assert "missing layers.2.weight" in str(caught.value)
+        _legacy(golden, folder)
+    assert "missing layers.2.bias" in str(caught.value)
     assert "unexpected layers.x" in str(caught.value)
-    assert "layers.0.weight has shape [64, 7], expected [64, 32]" in str(caught.value)
+    assert "layers.2.weight has shape [64, 7], expected [64, 64]" in str(caught.value)
+    torch.save({"0.weight": state["0.weight"]}, folder / "other_params.bin")
+    with pytest.raises(ValueError, match=r"holds no projector: 2.weight"):
+        _legacy(golden, folder)
     (folder / "adapter_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match="it has no adapter_model.bin"):
-        load_legacy(folder, encoder, decoder, PLACEHOLDER)
+        _legacy(golden, folder)
+
+
+def test_the_first_patch_of_a_legacy_adapter_follows_the_number_of_features(golden):
+    folder = golden / "f_siglip" / "saved"
+    assert _legacy(golden, folder).encoder.num_features == 15  # as the first system: the first of 16 is left out
+    assert _legacy(golden, folder, num_features=15).encoder.spec["drop_first_patch"] is True
+    model = _legacy(golden, folder, num_features=16)
+    assert model.encoder.num_features == 16 and model.encoder.spec["drop_first_patch"] is False
+    with pytest.raises(ValueError, match="yields 15 or 16 features per picture, not 14"):
+        _legacy(golden, folder, num_features=14)
+    clip = golden / "f_clip"
+    assert _legacy(golden, clip / "saved", encoder=clip / "vision").encoder.num_features == 16
+    with pytest.raises(ValueError, match="yields 16 features per picture, not 15"):
+        _legacy(golden, clip / "saved", encoder=clip / "vision", num_features=15)
+
+
+def test_a_legacy_adapter_needs_to_be_told_where_the_frozen_weights_lie(golden):
+    with pytest.raises(ValueError, match="pass decoder .* and encoder"):
+        MultiModalModel.from_pretrained(golden / "f_siglip" / "saved", decoder=golden / "llm")
+
+
+def test_adapters_for_other_shapes_are_refused(golden, tmp_path):
+    for name, change in (("wide", {"hidden_size": 96}), ("mlp", {"intermediate_size": 100})):
+        config = QWenConfig.from_pretrained(golden / "llm", **change)
+        MultimodalQWenLMHeadModel(config).save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match="the projector maps vectors of width 32 to 64, but .* takes 96"):
+        _legacy(golden, golden / "f_siglip" / "saved", decoder=tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.w1\.lora_B\.weight has shape \[128, 8\], expected \[50, 8\]"):
+        _legacy(golden, golden / "f_siglip" / "saved", decoder=tmp_path / "mlp")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "projector.safetensors"])
+def test_a_truncated_file_of_a_checkpoint_is_named(outputs, make_model, name):
+    _model(outputs, make_model).save_pretrained(outputs / "run")
+    file = outputs / "run" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{name} can't be read: it is cut off or damaged"):
+        MultiModalModel.from_pretrained(outputs / "run")
+
+
+def test_code_in_a_legacy_file_is_not_run(golden, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "run"), "w"))
+
+    shutil.copytree(golden / "f_siglip" / "saved", tmp_path / "saved")
+    torch.save({"0.weight": Payload()}, tmp_path / "saved" / "other_params.bin")
+    with pytest.raises(ValueError, match="other_params.bin holds code or objects .* nothing of it was run"):
+        _legacy(golden, tmp_path / "saved")
+    assert not (tmp_path / "run").exists()
+
+
+def _legacy(golden: Path, folder: Path, **kwargs) -> MultiModalModel:
+    places = {"decoder": golden / "llm", "encoder": golden / "f_siglip" / "vision", "placeholder_id": PLACEHOLDER}
+    return MultiModalModel.from_pretrained(folder, **{**places, **kwargs})
