@@ -33,22 +33,17 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
 from model import MultiModalModel
+from model.export import LINEAR_NAMES, qwen2_config, qwen2_state
+from model.export_llava import PROJECTOR_NAMES
 from model.lora import add_lora
 from model.projector import build_projector
 from qwen import MultimodalQWenLMHeadModel, QWenConfig
 from visual import build_encoder
 
 SYSTEMS = ("kanjian", "llava")
-LORA_NAMES = {  # our linear module -> theirs, where one stands for one
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.w1": "mlp.up_proj",
-    "mlp.w2": "mlp.gate_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-PROJECTOR_NAMES = {"layers.0": "linear_1", "layers.2": "linear_2"}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3}  # largest difference between the losses of a step
 PATCH = 16  # pixels; LLaVA's image tokens are the patches without the class token
 
@@ -108,7 +103,7 @@ def write_weights(args: argparse.Namespace, folder: Path) -> None:
     decoder = MultimodalQWenLMHeadModel.from_pretrained(folder / "decoder")
     encoder = build_encoder("clip", str(folder / "encoder"))
     projector = build_projector("mlp", encoder.width, args.hidden, init_std=None)
-    decoder = add_lora(decoder, r=args.rank, alpha=2 * args.rank, targets=list(LORA_NAMES))
+    decoder = add_lora(decoder, r=args.rank, alpha=2 * args.rank, targets=list(LINEAR_NAMES))
     for name, parameter in decoder.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
@@ -118,18 +113,7 @@ def write_weights(args: argparse.Namespace, folder: Path) -> None:
 
 
 def write_llava(model: MultiModalModel, vision: CLIPVisionConfig, folder: Path) -> None:
-    config = model.language_model.config
-    text = Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size // 2,
-        rms_norm_eps=config.layer_norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rotary_emb_base},
-        tie_word_embeddings=False,
-    )
+    text = qwen2_config(model.language_model.config, torch.float32)
     llava = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision, text_config=text, image_token_index=model.placeholder_id, vision_feature_layer=-1
@@ -139,7 +123,8 @@ def write_llava(model: MultiModalModel, vision: CLIPVisionConfig, folder: Path) 
     for ours, theirs in PROJECTOR_NAMES.items():
         for kind in ("weight", "bias"):
             state[f"model.multi_modal_projector.{theirs}.{kind}"] = model.projector.state_dict()[f"{ours}.{kind}"]
-    state |= qwen2_state(MultimodalQWenLMHeadModel.from_pretrained(folder / "decoder").state_dict())
+    decoder = qwen2_state(MultimodalQWenLMHeadModel.from_pretrained(folder / "decoder").state_dict())
+    state |= {re.sub(r"^model\.", "model.language_model.", name): weight for name, weight in decoder.items()}
     llava.load_state_dict(state)
     llava.save_pretrained(folder / "llava")
     adapter = load_file(folder / "kanjian" / "adapter_model.safetensors")
@@ -147,35 +132,13 @@ def write_llava(model: MultiModalModel, vision: CLIPVisionConfig, folder: Path) 
     (folder / "llava_adapter").mkdir()
     save_file(adapter, folder / "llava_adapter" / "adapter_model.safetensors")
     lora = LoraConfig.from_pretrained(str(folder / "kanjian"))
-    lora.target_modules = sorted(name.rpartition(".")[2] for name in LORA_NAMES.values())
+    lora.target_modules = sorted(name.rpartition(".")[2] for name in LINEAR_NAMES.values())
     lora.save_pretrained(str(folder / "llava_adapter"))
-
-
-def qwen2_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a Qwen-1 decoder under the names of `LlavaForConditionalGeneration` with a Qwen2 text model."""
-    top = {"transformer.wte": "embed_tokens", "transformer.ln_f": "norm"}
-    layer = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", **LORA_NAMES}
-    result = {}
-    for name, weight in state.items():
-        module, _, kind = name.rpartition(".")
-        if module == "lm_head":
-            result[name] = weight
-        elif module in top:
-            result[f"model.language_model.{top[module]}.{kind}"] = weight
-        else:
-            index, part = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", module).groups()
-            prefix = f"model.language_model.layers.{index}"
-            if part == "attn.c_attn":
-                for third, split in zip("qkv", weight.chunk(3), strict=True):
-                    result[f"{prefix}.self_attn.{third}_proj.{kind}"] = split
-            else:
-                result[f"{prefix}.{layer[part]}.{kind}"] = weight
-    return result
 
 
 def llava_lora_name(name: str) -> str:
     index, part, matrix = re.fullmatch(r"base_model\.model\.transformer\.h\.(\d+)\.(.+)\.(lora_.+)", name).groups()
-    return f"base_model.model.model.language_model.layers.{index}.{LORA_NAMES[part]}.{matrix}"
+    return f"base_model.model.model.language_model.layers.{index}.{LINEAR_NAMES[part]}.{matrix}"
 
 
 # The two systems, each in its own process.

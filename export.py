@@ -1,0 +1,106 @@
+"""Writes a trained model in a format that other tools read.
+
+    python export.py --checkpoint_path outputs/run --format llava --output exported
+
+    llava       the whole model as LlavaForConditionalGeneration of transformers, the layout of LLaVA-1.5
+    qwen2       the language model alone as Qwen2ForCausalLM
+    merged      a checkpoint without adapter, in whose folder lie all weights; the decoder in Qwen-1's published format
+    checkpoint  a checkpoint as train.py writes it, from one of the first system or one whose frozen weights have moved
+
+LoRA is merged in all but the last; a quantized decoder is loaded unquantized for that. --dtype is that of the written
+weights, by default the decoder's. Nothing is written of a model that can't be had in the format.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from inference import add_model_arguments, load_model
+from model import MultiModalModel
+from model.export import export_merged, export_qwen2
+from model.export_llava import export_llava
+
+KANJIAN_CODE = """\
+from model import MultiModalModel
+model = MultiModalModel.from_pretrained({path!r})"""
+CODE = {
+    "merged": KANJIAN_CODE,
+    "checkpoint": KANJIAN_CODE,
+    "qwen2": """\
+from transformers import pipeline
+generate = pipeline("text-generation", {path!r})""",
+    "llava": """\
+from transformers import pipeline
+generate = pipeline("image-text-to-text", {path!r})""",
+}
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its name at the end, or disappears after an error.
+
+    Raises:
+        ValueError: there is something at `path`, other than an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--output {path} exists and is no empty folder; name a new one or empty it")
+    staged = path.with_name(f".{path.name}.exporting")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        if path.exists():
+            path.rmdir()
+        staged.rename(path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def export(model: MultiModalModel, folder: Path, arguments: argparse.Namespace, system: str | None) -> None:
+    """Writes `model` into `folder`, as `arguments.format` says."""
+    if arguments.format == "llava":
+        export_llava(model, folder, system)
+    elif arguments.format == "qwen2":
+        export_qwen2(model, folder, system)
+    else:
+        model.system = system
+        model.save_pretrained(folder) if arguments.format == "checkpoint" else export_merged(model, folder)
+
+
+def describe(arguments: argparse.Namespace, model: MultiModalModel) -> str:
+    """What was written, what differs from the checkpoint, and how to use it."""
+    output = arguments.output
+    files = sorted(file for file in output.rglob("*") if file.is_file())
+    lines = [f"{file.stat().st_size / 2**20:10.1f} MiB  {file.relative_to(output)}" for file in files]
+    config, dtype = model.language_model.config, str(model.language_model.dtype).removeprefix("torch.")
+    if arguments.format == "llava" and dtype != "float32":
+        lines.append(f"All weights are {dtype}; the projector's were rounded from float32.")
+    if arguments.format in ("qwen2", "llava"):
+        lines.append(f"Exact for texts of up to {config.seq_length} tokens; Qwen-1's extrapolation beyond is left out.")
+    lines += [f"{output}, in Python:", "", CODE[arguments.format].format(path=str(output))]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--format", required=True, choices=list(CODE))
+    parser.add_argument("--output", required=True, type=Path, help="new folder")
+    arguments = parser.parse_args()
+    if arguments.format != "checkpoint" and arguments.quantization is None:
+        arguments.quantization = "none"  # whatever is recorded
+    with new_folder(arguments.output) as folder:
+        model, system = load_model(arguments)
+        export(model, folder, arguments, system)
+    print(describe(arguments, model))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:  # files and settings of the user: the message says what to mend
+        sys.exit(f"export.py: {error}")

@@ -1,0 +1,134 @@
+"""The whole model as `LlavaForConditionalGeneration`, the class of transformers that vLLM and SGLang have too.
+
+Names of weights and files are those of the published LLaVA-1.5 repositories, which older versions of these tools read
+as well. All of them take features from `hidden_states`, that is before the norm that follows SigLIP's last layer. Ours
+are taken after it, so there the norm becomes a layer of the tower (`append_norm`).
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlavaConfig, PreTrainedModel, SiglipVisionModel
+
+from model.export import (
+    IMAGE_TOKEN,
+    chat_template,
+    exported_tokenizer,
+    merged_decoder,
+    qwen2_config,
+    qwen2_state,
+    save_text_files,
+    save_weights,
+    write_json,
+)
+from model.model import MultiModalModel
+from model.projector import Projector
+from visual.twin import transformers_tower
+
+PROJECTOR_NAMES = {"layers.0": "linear_1", "layers.2": "linear_2"}
+NORM_SCALE = 2.0**24  # a power of two: scaling by it rounds nothing
+
+
+def export_llava(model: MultiModalModel, folder: Path, system: str | None = None) -> None:
+    """Writes weights in the decoder's dtype, configuration, tokenizer, chat template, processor and generation config.
+
+    Args:
+        system: text of the system turn of a conversation that brings none.
+
+    Raises:
+        ValueError: LLaVA can't compute what the model does, or there is no tokenizer; nothing is written.
+        FileNotFoundError: the encoder has no preprocessing settings.
+    """
+    projector = _projector_state(model.projector)
+    dtype = model.language_model.dtype
+    text_config = qwen2_config(model.language_model.config, dtype)
+    tokenizer = exported_tokenizer(model, chat_template(system, f"{IMAGE_TOKEN}\n"), with_image=True)
+    tower, image_processor = transformers_tower(model.encoder)
+    tower.config.tie_last_hidden_states = False  # true is a way to normalise them that only transformers 5 knows
+    tower.config.name_or_path = ""
+    if isinstance(tower, SiglipVisionModel) and model.encoder.spec["layer"] == "last":
+        if dtype == torch.float16:
+            raise ValueError("float16 overflows in a SigLIP tower whose last norm is a layer; export as bfloat16")
+        append_norm(tower)
+        projector["linear_1.weight"] /= NORM_SCALE
+    decoder = qwen2_state(merged_decoder(model).state_dict())
+    state = {f"language_model.{name}": weight for name, weight in decoder.items()}
+    state |= {f"vision_tower.vision_model.{name}": weight for name, weight in tower.state_dict().items()}
+    state |= {f"multi_modal_projector.{name}": weight for name, weight in projector.items()}
+    save_weights({name: weight.to(dtype) for name, weight in state.items()}, folder)
+
+    features = feature_settings(model, tower)
+    tower.config.dtype = dtype
+    LlavaConfig(
+        vision_config=tower.config,
+        text_config=text_config,
+        image_token_index=model.placeholder_id,
+        image_seq_length=model.encoder.num_features,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-1 if model.encoder.spec["layer"] == "last" else -2,
+        vision_feature_select_strategy=features["vision_feature_select_strategy"],
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        dtype=dtype,
+        architectures=["LlavaForConditionalGeneration"],
+    ).save_pretrained(folder)
+    save_text_files(tokenizer, model, folder)
+    image_processor.save_pretrained(folder)
+    write_json({"processor_class": "LlavaProcessor", **features}, folder / "processor_config.json")
+
+
+def _projector_state(projector: Projector) -> dict[str, Tensor]:
+    """Copies of its weights by LLaVA's names; raises ValueError if LLaVA has no such projector."""
+    if (kind := projector.spec["kind"]) != "mlp":
+        raise ValueError(f'LLaVA\'s projector has two layers (kind "mlp"), this model\'s is of kind {kind!r}')
+    if projector.spec["position_embedding"]:
+        raise ValueError(
+            "LLaVA's projector has no position_embedding, this model's has; train with "
+            "model.projector.position_embedding=false"
+        )
+    return {
+        f"{theirs}.{name}": tensor.clone()
+        for ours, theirs in PROJECTOR_NAMES.items()
+        for name, tensor in projector.get_submodule(ours).state_dict().items()
+    }
+
+
+def feature_settings(model: MultiModalModel, tower: PreTrainedModel) -> dict:
+    """`processor_config.json`: which of the tower's tokens are features, and so how many `<image>` a picture needs."""
+    spec, siglip = model.encoder.spec, isinstance(tower, SiglipVisionModel)
+    drops_first = spec["drop_first_patch"] if siglip else spec["drop_class_token"] is not False
+    return {
+        "image_token": IMAGE_TOKEN,
+        "patch_size": tower.config.patch_size,
+        "vision_feature_select_strategy": "default" if drops_first else "full",
+        "num_additional_image_tokens": 0 if siglip else 1,
+    }
+
+
+@torch.no_grad()
+def append_norm(tower: SiglipVisionModel) -> None:
+    """Appends a layer that turns x into `NORM_SCALE * post_layernorm(x) + x`, of which x is lost in rounding.
+
+    A layer adds to its input; the scale makes what was there irrelevant, and the projector's first weight is divided
+    by it. The attention adds nothing. In the MLP, norm and activation give act(z) and act(-z), z the norm's output, and
+    act(z) - act(-z) = z for every activation z * F(z) with F(z) + F(-z) = 1: each kind of GELU, and SiLU.
+
+    Raises:
+        ValueError: the MLP is narrower than twice the tower.
+    """
+    width, mlp_width = tower.config.hidden_size, tower.config.intermediate_size
+    if mlp_width < 2 * width:
+        raise ValueError(
+            f"LLaVA reads SigLIP's features before the last norm; as a layer, the norm needs an MLP at least twice as "
+            f"wide as the tower ({width}), this one's has {mlp_width}"
+        )
+    layer = copy.deepcopy(tower.encoder.layers[-1])
+    for parameter in layer.parameters():
+        parameter.zero_()
+    layer.layer_norm2.load_state_dict(tower.post_layernorm.state_dict())
+    identity = torch.eye(width)
+    layer.mlp.fc1.weight[: 2 * width] = torch.cat([identity, -identity])
+    layer.mlp.fc2.weight[:, : 2 * width] = NORM_SCALE * torch.cat([identity, -identity], dim=1)
+    tower.encoder.layers.append(layer)
+    tower.config.num_hidden_layers += 1
