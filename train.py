@@ -24,6 +24,7 @@ from dataset.record import read_records
 from model import MultiModalModel
 from model.checkpoint import load_trained
 from model.decoder import load_decoder
+from model.legacy import is_legacy
 from model.lora import add_lora
 from model.optim import parameter_groups
 from model.projector import build_projector
@@ -149,6 +150,12 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Mult
         decoder = add_lora(decoder, lora.r, lora.alpha, lora.dropout, lora.targets)
     model = MultiModalModel(encoder, projector, decoder, tokenizer.placeholder_id, tokenizer)
     if config.checkpoint:
+        if is_legacy(config.checkpoint) and e.kind == "siglip" and not e.drop_first_patch:
+            raise ConfigError(
+                f"{config.checkpoint} is an adapter of the first system, which left out SigLIP's first patch: set "
+                "model.encoder.drop_first_patch=true, or convert one that was trained with all patches by export.py "
+                "--format checkpoint --num_features N"
+            )
         load_trained(model, config.checkpoint)
     return model
 

@@ -362,6 +362,21 @@ def test_a_run_can_start_from_trained_weights(tiny, reference, tmp_path):
         train(tiny.config(tmp_path / "run", "model.checkpoint=gone"))
 
 
+def test_training_goes_on_from_an_adapter_of_the_first_system(tiny, golden, tmp_path):
+    shutil.copytree(golden / "llm", tmp_path / "decoder")
+    shutil.copy(tiny.folder / "decoder" / "qwen.tiktoken", tmp_path / "decoder")
+    vision, saved = golden / "f_siglip" / "vision", golden / "f_siglip" / "saved"
+    settings = [f"model.decoder={tmp_path}/decoder", "encoder.kind=siglip", f"encoder.path={vision}", "lora.r=8",
+                "lora.alpha=32", f"model.checkpoint={saved}"]  # fmt: skip
+    model = build_model(tiny.config(tmp_path, *settings, "drop_first_patch=true").model)
+    published = torch.load(saved / "adapter_model.bin", weights_only=True)
+    adapter = get_peft_model_state_dict(model.decoder)
+    assert adapter.keys() == published.keys()
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in published.items())
+    with pytest.raises(ConfigError, match="left out SigLIP's first patch: set model.encoder.drop_first_patch=true"):
+        build_model(tiny.config(tmp_path, *settings).model)
+
+
 def test_incomplete_weights_end_the_run_with_one_line(tiny, tmp_path):
     decoder = shutil.copytree(tiny.folder / "decoder", tmp_path / "decoder")
     file = decoder / "model.safetensors"
