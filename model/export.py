@@ -214,6 +214,7 @@ def exported_tokenizer(model: MultiModalModel, template: str, with_image: bool =
         chat_template=template,
         model_max_length=model.language_model.config.seq_length,
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids by default
     )
 
 

@@ -94,6 +94,10 @@ def test_adapter_of_the_first_system(tiny, golden, tmp_path, monkeypatch, capsys
     run(monkeypatch, export, *arguments, "--format", "llava", "--output", tmp_path / "llava", "--dtype", "bfloat16")
     assert "All weights are bfloat16; the projector's were rounded" in capsys.readouterr().out
     assert {weight.dtype for weight in load_file(tmp_path / "llava" / "model.safetensors").values()} == {torch.bfloat16}
+    settings = json.loads((tmp_path / "llava" / "tokenizer_config.json").read_text())
+    # What transformers 4 reads: it knows no other name of the class and would add token_type_ids.
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     text = AutoProcessor.from_pretrained(tmp_path / "llava").apply_chat_template([{"role": "user", "content": "红?"}])
     assert text == "<|im_start|>system\n你是一位图像理解助手。<|im_end|>\n<|im_start|>user\n红?<|im_end|>\n"
 
