@@ -4,7 +4,8 @@
 
     llava       the whole model as LlavaForConditionalGeneration of transformers, the layout of LLaVA-1.5
     qwen2       the language model alone as Qwen2ForCausalLM
-    merged      a checkpoint without adapter, in whose folder lie all weights; the decoder in Qwen-1's published format
+    merged      a checkpoint without adapter that holds its decoder, in Qwen-1's published format, and a CLIP or
+                SigLIP encoder; encoders of open_clip and timm stay where they are
     checkpoint  a checkpoint as train.py writes it, from one of the first system or one whose frozen weights have moved
 
 LoRA is merged in all but the last; a quantized decoder is loaded unquantized for that. --dtype is that of the written
@@ -77,9 +78,11 @@ def describe(arguments: argparse.Namespace, model: MultiModalModel) -> str:
     lines = [f"{file.stat().st_size / 2**20:10.1f} MiB  {file.relative_to(output)}" for file in files]
     config, dtype = model.language_model.config, str(model.language_model.dtype).removeprefix("torch.")
     if arguments.format == "llava" and dtype != "float32":
-        lines.append(f"All weights are {dtype}; the projector's were rounded from float32.")
+        lines.append(f"All weights are {dtype}; those that were float32 are rounded, the projector's among them.")
     if arguments.format in ("qwen2", "llava"):
-        lines.append(f"Exact for texts of up to {config.seq_length} tokens; Qwen-1's extrapolation beyond is left out.")
+        limit = f"texts of up to {config.seq_length} tokens; Qwen-1's extrapolation beyond is left out."
+        equal = "equal" if dtype == "float32" else f"agree with, but for {dtype} rounding at other places,"
+        lines.append(f"Its logits {equal} the model's for {limit}")
     lines += [f"{output}, in Python:", "", CODE[arguments.format].format(path=str(output))]
     return "\n".join(lines)
 
@@ -95,7 +98,13 @@ def main() -> None:
         arguments.quantization = "none"  # whatever is recorded
     with new_folder(arguments.output) as folder:
         model, system = load_model(arguments)
-        export(model, folder, arguments, system)
+        try:
+            export(model, folder, arguments, system)
+        except Exception as error:
+            if "(os error " not in str(error):
+                raise
+            # safetensors and tokenizers have classes of their own for what Python calls an OSError.
+            raise OSError(f"--output {arguments.output} can't be written, is the disk full? ({error})") from error
     print(describe(arguments, model))
 
 

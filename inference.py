@@ -141,17 +141,32 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[MultiModalModel, str | None]:
-    """Model in eval mode on its device, and the system text that belongs to it."""
+    """Model in eval mode on its device, and the system text that belongs to it.
+
+    Raises:
+        OSError, ValueError: an argument or a file is at fault; the message names it.
+    """
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     model = MultiModalModel.from_pretrained(
         arguments.checkpoint_path,
         decoder=arguments.decoder,
         encoder=arguments.encoder,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         num_features=arguments.num_features,
     )
     return model, model.system if arguments.system is None else arguments.system
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError if nothing can be written to a device and read back."""
+    try:
+        torch.zeros(1, device=torch.device(name)).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # which of them depends on the kind of device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} can't be used, take cpu, or cuda where there is a GPU: {reason}") from error
 
 
 def main() -> None:

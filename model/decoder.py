@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig
 
 from qwen import MultimodalQWenLMHeadModel, QWenConfig
-from visual.weights import load_strictly
+from visual.weights import config_errors, load_strictly
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -58,18 +58,29 @@ def decoder_config(path: str | Path) -> QWenConfig:
 
     Raises:
         OSError: no `config.json` there.
-        ValueError: it describes another architecture.
+        ValueError: it describes another architecture, values without a meaning in Qwen-1, or quantized weights.
     """
-    settings, _ = QWenConfig.get_config_dict(path)
+    with config_errors(path):
+        settings, _ = QWenConfig.get_config_dict(path)
     if not settings:
-        raise FileNotFoundError(f"{path} has no config.json; a decoder needs the one published with its weights")
+        raise FileNotFoundError(
+            f"{path} has no config.json, or an empty one; a decoder needs that published with its weights"
+        )
     kind = settings.get("model_type")
     if kind != QWenConfig.model_type:
         raise ValueError(
             f'{path} holds a model of type {kind!r}, expected Qwen-1 ("model_type": "{QWenConfig.model_type}" in its '
             "config.json), such as Qwen/Qwen-7B-Chat"
         )
-    return QWenConfig.from_pretrained(path)
+    if quantized := settings.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(
+            f"{path} holds weights quantized by {method!r} (quantization_config in its config.json), which are not "
+            "supported: take the unquantized ones, such as Qwen/Qwen-7B-Chat; quantization=nf4 or int8 quantizes them "
+            "on loading"
+        )
+    with config_errors(path):
+        return QWenConfig.from_pretrained(path)
 
 
 def quantization_of(decoder: MultimodalQWenLMHeadModel) -> Quantization:

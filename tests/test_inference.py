@@ -12,6 +12,7 @@ from peft import get_peft_model_state_dict
 
 import inference
 from inference import Chat, converse
+from model.decoder import quantization_of
 from train import train
 
 
@@ -156,4 +157,8 @@ def test_an_adapter_of_the_first_system_answers(checkpoint, tiny, tmp_path, monk
 def test_a_quantized_decoder_answers(checkpoint, tiny, monkeypatch, capsys, quantization):
     main(monkeypatch, "--checkpoint_path", checkpoint, "--quantization", quantization, "--text", "Which?",
          "--image", tiny.folder / "images/red.png", "--max_new_tokens", 6, "--device", "cpu")  # fmt: skip
-    assert capsys.readouterr().out.endswith("\n")
+    model = inference.MultiModalModel.from_pretrained(checkpoint, quantization=quantization)
+    chat = Chat(model, "Be brief.", max_new_tokens=6)
+    chat.add_image(tiny.folder / "images/red.png")
+    assert capsys.readouterr().out == chat.ask("Which?", stream=False) + "\n"
+    assert quantization_of(model.language_model) == quantization

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from visual.encoder import VisionEncoder, refuse
 from visual.preprocess import Preprocess
 from visual.timm_backbone import check_timm_model, timm_features
+from visual.weights import check_place, loading_errors
 
 
 def build_open_clip(
@@ -46,6 +47,7 @@ def _load(path: str, pretrained: str | None, load_weights: bool) -> nn.Module:
     """The image tower of a dual tower that open_clip loads whole and strictly."""
     import open_clip  # takes seconds, and only this kind needs it
 
+    check_place(path.removeprefix("local-dir:"))
     name = f"local-dir:{path}" if Path(path).is_dir() else path
     carries_weights = name.startswith(("local-dir:", "hf-hub:"))
     if carries_weights and pretrained is not None:
@@ -55,7 +57,7 @@ def _load(path: str, pretrained: str | None, load_weights: bool) -> nn.Module:
         raise ValueError(f"open_clip {path} needs pretrained=<file or tag>; tags published for it: {tags}")
     # OpenAI's weights were trained with QuickGELU, which open_clip otherwise only warns about.
     tag = open_clip.get_pretrained_cfg(path.replace("/", "-"), pretrained) if pretrained else {}
-    try:
+    with loading_errors("open_clip", path, pretrained):
         model = open_clip.create_model(
             name,
             device=torch.get_default_device(),
@@ -64,8 +66,6 @@ def _load(path: str, pretrained: str | None, load_weights: bool) -> nn.Module:
             force_quick_gelu=bool(tag.get("quick_gelu")),
             require_pretrained=load_weights,
         )
-    except RuntimeError as error:
-        raise ValueError(f"open_clip {path}, pretrained={pretrained!r}: {error}") from error
     return model.visual
 
 

@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from visual.preprocess import Preprocess
-from visual.weights import load_strictly
+from visual.weights import config_errors, load_strictly
 
 # Names in the files of a dual tower that the vision half has no place for. Old files also hold `position_ids`.
 TEXT_HALF = [
@@ -23,9 +23,14 @@ def load_vision_config(path: str, kind: str) -> PreTrainedConfig:
     """The configuration of the vision half, whether `path` holds a dual tower (`kind`) or the half alone.
 
     Raises:
-        ValueError: `path` holds a model of another type.
+        OSError: no `config.json` there.
+        ValueError: `path` holds a model of another type, or values that its type does not allow.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with config_errors(path):
+        model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+        if model_type not in CONFIG_MAPPING:  # for which transformers would advise to update it
+            raise ValueError(f"{path} holds a model of type {model_type!r}, expected a {kind} or a {kind}_vision_model")
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     if config.model_type == "siglip2_vision_model":
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from visual.encoder import VisionEncoder, refuse
 from visual.preprocess import Preprocess
+from visual.weights import check_place, loading_errors
 
 
 def build_timm(
@@ -41,15 +42,14 @@ def _load_preprocess(settings: dict) -> Preprocess:
 def _load(path: str, pretrained: str | None, load_weights: bool) -> nn.Module:
     import timm
 
+    check_place(path.removeprefix("local-dir:"))
     name = f"local-dir:{path}" if Path(path).is_dir() else path
-    try:
+    with loading_errors("timm", path, pretrained):
         # Built with the published classifier and cut after: asked for 0 classes, timm would load without strictness.
         if pretrained is None or not load_weights:
             model = timm.create_model(name, pretrained=load_weights)
         else:
             model = _load_file(name, pretrained)
-    except RuntimeError as error:
-        raise ValueError(f"timm {path}, pretrained={pretrained!r}: {error}") from error
     model.reset_classifier(0)
     return model
 
@@ -65,6 +65,8 @@ def _load_file(name: str, file: str) -> nn.Module:
     if not Path(file).is_file():
         raise FileNotFoundError(f"timm {name}: no file {file}")
     weights = timm.models.load_state_dict(file, weights_only=True)
+    if not weights:  # in whose place timm would download its own
+        raise ValueError(f"timm {name}: {file} holds no weights")
     classifier = timm.models.get_pretrained_cfg(name).classifier or ()
     for layer in (classifier,) if isinstance(classifier, str) else classifier:
         weights.pop(f"{layer}.weight", None)

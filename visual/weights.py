@@ -1,20 +1,62 @@
 """Published weights into a model of transformers: every one of them, or an error that says what is wrong."""
 
 import json
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SAVE_AGAIN = "save the file again with torch.save(model.state_dict(), ...)"
+
+
+def check_place(path: str | Path) -> None:
+    """Raises FileNotFoundError for what can only be a local path, if nothing is there.
+
+    A hub would answer that it is malformed: an id has one slash at most and does not begin as a path does.
+    """
+    if (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1) and not Path(path).exists():
+        raise FileNotFoundError(f"there is no folder {path}")
+
+
+@contextmanager
+def config_errors(path: str | Path) -> Iterator[None]:
+    """What transformers raises while it reads the `config.json` of a folder or hub id, as one line that names it.
+
+    Raises:
+        FileNotFoundError: neither a folder nor reachable on the hub.
+        ValueError: a value in the file that its class does not allow.
+    """
+    check_place(path)
+    try:
+        yield
+    except OSError as error:
+        if os.path.exists(path):
+            raise
+        raise FileNotFoundError(
+            f"{path} is neither a folder here nor a model that the hub, or its cache on this machine, could give: "
+            f"{_first_line(error)}"
+        ) from error
+    # Values of the wrong type reach the code of transformers where a class does not check them.
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}/config.json: {' '.join(str(error).split())}. Copy the file published with these weights"
+        ) from error
 
 
 def load_strictly(model_class: type[PreTrainedModel], path: str | Path, **kwargs) -> PreTrainedModel:
@@ -109,15 +151,48 @@ def damaged_file(path: str | Path) -> str | None:
     for file in sorted(files):
         try:
             if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt"):  # compares the size of the file with its header
-                    pass
+                check_file(file)
             else:
                 read_tensors(file, device="meta")
-        except SafetensorError as error:
-            return _unreadable(file, error)
         except ValueError as error:
             return str(error)
     return None
+
+
+@contextmanager
+def loading_errors(kind: str, path: str, pretrained: str | None) -> Iterator[None]:
+    """What open_clip and timm raise while they load a folder or the file `pretrained`, as one line that names it.
+
+    Raises:
+        ValueError: a file can't be read, or its weights do not fit.
+    """
+    try:
+        yield
+    # What a file without weights raises depends on its bytes.
+    except Exception as error:
+        folder = Path(path.removeprefix("local-dir:"))
+        for file in folder.glob("*model.*") if pretrained is None else [Path(pretrained)]:
+            if file.is_file() and file.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+                check_file(file)
+        if isinstance(error, (OSError, ValueError)):
+            raise
+        raise ValueError(f"{kind} {path}, pretrained={pretrained!r}: {' '.join(str(error).split())}") from error
+
+
+def check_file(file: str | Path) -> None:
+    """Raises ValueError, which names it, for a file that is cut off, damaged or no checkpoint, by its header alone.
+
+    Other than for `read_tensors`, tensors may lie deeper in it, under `state_dict` or the like.
+    """
+    file = Path(file)
+    if file.suffix != ".safetensors":
+        _unpickle(file, "meta")
+        return
+    try:
+        with safe_open(file, framework="pt"):  # compares the size of the file with its header
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(_unreadable(file, error)) from error
 
 
 def read_tensors(file: str | Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
@@ -125,27 +200,46 @@ def read_tensors(file: str | Path, device: torch.device | str = "cpu") -> dict[s
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is cut off or damaged, or holds more than tensors; names it.
+        ValueError: the file is cut off or damaged, or holds something else than tensors by name; names it.
     """
     file = Path(file)
-    try:
-        if file.suffix == ".safetensors":
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    if file.suffix == ".safetensors":
+        try:
             return load_file(file, device=str(device))
-        return torch.load(file, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {file}") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(_unreadable(file, error)) from error
+    tensors = _unpickle(file, device)
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{file} holds a {type(value).__name__} as {name!r}, expected a tensor; {SAVE_AGAIN}")
+    return tensors
+
+
+def _unpickle(file: Path, device: torch.device | str) -> dict[str, object]:
+    try:
+        content = torch.load(file, map_location=device, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{file} holds code or objects beside tensors, or is damaged; nothing of it was run. Use weights in "
-            "safetensors format, or save the file again with torch.save(model.state_dict(), ...)"
+            f"safetensors format, or {SAVE_AGAIN}"
         ) from error
-    except (SafetensorError, EOFError, RuntimeError, OSError) as error:
+    # Bytes that are no pickle raise whatever their first instruction leads to: KeyError, EOFError, RuntimeError, ...
+    except Exception as error:
         raise ValueError(_unreadable(file, error)) from error
+    if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{file} holds a {type(content).__name__} without tensors by name; {SAVE_AGAIN}")
+    return content
 
 
 def _unreadable(file: Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{file} can't be read: it is cut off or damaged, copy it again ({reason})"
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    return f"{file} can't be read: it is cut off or damaged, or holds no weights; copy it again ({reason})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _local_folder(path: str | Path) -> Path | None:

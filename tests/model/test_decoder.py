@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from model.decoder import load_decoder
 from qwen import MultimodalQWenLMHeadModel, QWenConfig
-from visual.weights import by_layer
+from visual.weights import by_layer, read_tensors
 
 PROJECT = Path(__file__).parents[2]
 
@@ -139,15 +140,72 @@ def test_code_in_a_pickle_is_not_run(golden, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rotary_pct": 0.5}, "rotary_pct=0.5: Qwen-1 rotates the whole head, rotary_pct must be 1.0"),
+        ({"hidden_size": "128"}, "'hidden_size' expected int, got str"),
+        ({"torch_dtype": "float99"}, "float99"),
+    ],
+)
+def test_a_bad_value_in_the_config_is_named(folder, change, message):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"^{file}: .*{message}") as error:
+        load_decoder(folder, "float32")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_quantized_already_are_refused(folder):
+    file = folder / "config.json"
+    quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **quantized}))
+    with pytest.raises(ValueError, match="quantized by 'gptq' .*: take the unquantized ones.* quantization=nf4"):
+        load_decoder(folder, "float32")
+
+
+@pytest.mark.parametrize("place", ["/nowhere", "/nowhere/b", "./nowhere", "~/nowhere", "a/b/nowhere"])
+def test_a_path_with_nothing_there(place):
+    with pytest.raises(FileNotFoundError, match=f"^there is no folder {place}$"):
+        load_decoder(place, "float32")
+
+
+def test_a_name_that_is_not_at_hand(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="^nowhere is neither a folder here nor a model that the hub") as error:
+        load_decoder("nowhere", "float32")
+    assert "\n" not in str(error.value)
+
+
+def test_a_bin_file_of_something_else_is_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    for content, message in (
+        (list(weights.values()), "holds a list without tensors by name"),
+        (weights["lm_head.weight"], "holds a Tensor without tensors by name"),
+        ({**weights, "lm_head.weight": 3}, "holds a int as 'lm_head.weight', expected a tensor"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=f"^{file} {message}; save the file again"):
+            load_decoder(folder, "float32")
+        with pytest.raises(ValueError, match=f"^{file} {message}; save the file again"):
+            read_tensors(file)
+    file.write_text("hello")
+    with pytest.raises(ValueError, match=f"^{file} can't be read"):
+        read_tensors(file)
+
+
 def test_layers_of_a_list_of_names():
     assert by_layer(["b", *(f"h.{n}.a" for n in (0, 1, 2, 7, 9, 10)), "h.3.c", "a.1.b.2.c", "a.1.b.3.c"]) == [
         "a.1.b.2.c", "a.1.b.3.c", "b", "h.{0-2,7,9-10}.a", "h.3.c"
     ]  # fmt: skip
 
 
-# Peak of what a process holds beside its interpreter, while it loads a decoder of 60 MiB in bfloat16.
+# For each folder and dtype: the peak, in MiB, of what the process holds beside its interpreter while it loads a decoder
+# and reads every page of it, thereof not backed by a file, and the decoder's size.
 PEAK = """
-import re, sys, threading, time
+import gc, re, sys, threading, time
 from pathlib import Path
 import torch
 from model.decoder import load_decoder
@@ -155,39 +213,54 @@ from model.decoder import load_decoder
 def resident(kind):
     return int(re.search(kind + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-load_decoder(sys.argv[1], "float32")  # what libraries need at their first use
-Path("/proc/self/clear_refs").write_text("5")
-before, peak = resident("VmRSS"), 0
-anonymous = resident("RssAnon")
-
 def watch():
     global peak
     while not done:
         peak = max(peak, resident("RssAnon") - anonymous)
         time.sleep(0.001)
 
-done = False
-thread = threading.Thread(target=watch)
-thread.start()
-decoder = load_decoder(sys.argv[2], sys.argv[3], device="cpu")
-done = True
-thread.join()
-print(resident("VmHWM") - before, peak, decoder.get_memory_footprint() / 2**20)
+first, *folders = sys.argv[1:]
+load_decoder(first, "float32")  # what libraries need at their first use
+for folder in folders:
+    for dtype in ("bfloat16", "float32"):
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before, anonymous, peak, done = resident("VmRSS"), resident("RssAnon"), 0, False
+        thread = threading.Thread(target=watch)
+        thread.start()
+        decoder = load_decoder(folder, dtype, device="cpu")
+        for parameter in decoder.parameters():
+            parameter.detach().view(-1)[::1024].sum()
+        done = True
+        thread.join()
+        print(dtype, resident("VmHWM") - before, peak, decoder.get_memory_footprint() / 2**20)
+        del decoder, parameter
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loading_makes_no_second_copy(published, tmp_path, dtype):
+def test_loading_makes_no_second_copy(published, tmp_path):
     config = QWenConfig(
         vocab_size=8000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, kv_channels=64,
         intermediate_size=2816,
     )  # fmt: skip
-    MultimodalQWenLMHeadModel(config).bfloat16().save_pretrained(tmp_path / "wide", max_shard_size="20MB")
-    command = [sys.executable, "-c", PEAK, str(published / "bin"), str(tmp_path / "wide"), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
-    resident, allocated, size = map(float, done.stdout.split())
-    assert size > (55 if dtype == "bfloat16" else 110)
-    assert allocated < 1.2 * size
-    if dtype == "bfloat16":  # of another dtype, the mapped files count as resident until the system needs their pages
-        assert resident < 1.2 * size
+    decoder = MultimodalQWenLMHeadModel(config).bfloat16()
+    wide, wide_bin = tmp_path / "wide", tmp_path / "wide_bin"
+    decoder.save_pretrained(wide, max_shard_size="20MB")
+    config.save_pretrained(wide_bin)
+    torch.save(decoder.state_dict(), wide_bin / "pytorch_model.bin")
+    command = [sys.executable, "-c", PEAK, *map(str, (published / "bin", wide, wide_bin))]
+    # What is freed goes back to the system at once, so that every load starts from the same.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        dtype, *figures = line.split()
+        resident, allocated, size = map(float, figures)
+        assert size > (55 if dtype == "bfloat16" else 110)
+        assert resident > 0.95 * size, "not all of the decoder was read"
+        assert allocated < 1.2 * size, line
+        if dtype == "bfloat16":  # of another dtype, mapped files count as resident until the system needs their pages
+            assert resident < 1.2 * size, line

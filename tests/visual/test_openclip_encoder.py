@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import open_clip
 import pytest
@@ -166,6 +167,35 @@ def test_folder_without_weights(vit, tmp_path):
     (tmp_path / "open_clip_config.json").write_text((vit[1] / "open_clip_config.json").read_text())
     with pytest.raises(ValueError, match="weights"):
         build_encoder("open_clip", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+def test_a_file_without_weights(vit, named, tmp_path, suffix):
+    """Of open_clip and of timm, which load files themselves."""
+    file = tmp_path / f"text{suffix}"
+    file.write_text("hello")
+    for kind, name in (("open_clip", named[0]), ("timm", "test_vit")):
+        with pytest.raises(ValueError, match=f"^{file} can't be read: .* copy it again") as error:
+            build_encoder(kind, name, pretrained=file)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.ones(2)], torch.ones(2), {}, {3: torch.ones(2)}], ids=["list", "tensor", "empty", "numbered"]
+)
+def test_a_file_of_something_else(named, tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    for kind, name in (("open_clip", named[0]), ("timm", "test_vit")):
+        with pytest.raises(ValueError, match=r"other\.pt holds a (list|Tensor|dict) without tensors by name"):
+            build_encoder(kind, name, pretrained=tmp_path / "other.pt")
+
+
+def test_a_damaged_folder(vit, tmp_path):
+    shutil.copytree(vit[1], tmp_path / "damaged")
+    file = tmp_path / "damaged" / "open_clip_pytorch_model.bin"
+    file.write_text("hello")
+    with pytest.raises(ValueError, match=f"^{file} can't be read"):
+        build_encoder("open_clip", tmp_path / "damaged")
 
 
 @pytest.mark.parametrize("name, tag, quick", [("ViT-B-32", "openai", True), ("ViT-B-32", "laion2b_s34b_b79k", False)])

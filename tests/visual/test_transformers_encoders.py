@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPModel,
@@ -170,6 +171,40 @@ def test_other_architecture(folders):
         build_encoder("clip", folders["siglip"])
     with pytest.raises(ValueError, match="'clip_vision_model'; encoder kind 'siglip'"):
         build_encoder("siglip", folders["clip"])
+
+
+def test_a_decoder_is_no_encoder(tiny):
+    message = "decoder holds a model of type 'qwen', expected a clip or a clip_vision_model$"
+    with pytest.raises(ValueError, match=message):
+        build_encoder("clip", tiny.folder / "decoder")
+
+
+def test_a_bad_value_in_the_config_is_named(folders, tmp_path):
+    shutil.copytree(folders["clip"], tmp_path / "bad")
+    file = tmp_path / "bad" / "config.json"
+    config = json.loads(file.read_text())
+    part = config.get("vision_config", config)
+    for wrong in ("32", None):
+        part["hidden_size"] = wrong
+        file.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"^{file}: .*'hidden_size' expected int") as error:
+            build_encoder("clip", tmp_path / "bad")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip", "timm"])
+@pytest.mark.parametrize("place", ["/nowhere", "./nowhere", "~/nowhere", "a/b/nowhere"])
+def test_a_path_with_nothing_there(kind, place):
+    with pytest.raises(FileNotFoundError, match=f"^there is no folder {place}$"):
+        build_encoder(kind, place)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nobody/nowhere"])
+def test_a_name_that_is_not_at_hand(name, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=f"^{name} is neither a folder here nor a model that the hub") as error:
+        build_encoder("clip", name)
+    assert "\n" not in str(error.value)
 
 
 def test_naflex_is_refused(tmp_path):
