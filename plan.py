@@ -11,18 +11,25 @@ import argparse
 import copy
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from config import Config, ConfigError, ModelConfig, load_config
 from model import MultiModalModel
 from model.decoder import decoder_config
 from model.lora import add_lora
-from model.memory import UNPADDED, StepMemory, fake_weights, loss_memory, quantize_meta, step_memory
+from model.memory import (
+    UNPADDED,
+    StepMemory,
+    fake_weights,
+    loss_memory,
+    quantize_meta,
+    step_memory,
+    validation_memory,
+)
 from model.projector import build_projector
 from model.table import model_parts, text_table
 from qwen import MultimodalQWenLMHeadModel
@@ -50,9 +57,10 @@ class Plan:
     largest_gradient: int  # gradients of one layer, before ZeRO-2 and ZeRO-3 divide them
     steps: dict[bool, StepMemory]  # without and with activation checkpointing
     loss: dict[str, int]  # the loss alone: "ours" and "naive"
+    validation: dict[str, int]  # beside weights and optimizer state, with either loss; 0 where nothing is validated
 
     def peak(self, checkpointing: bool, stage: str = "DDP", gpus: int = 1) -> int:
-        """The worst moment of a step, be it in the forward or backward pass or when the optimizer steps.
+        """The worst moment: in the forward or backward pass, when the optimizer steps, or between steps in validation.
 
         Data parallelism keeps a bucket beside each gradient (DDP, ZeRO-1) or the gradients of one layer (ZeRO-2 and 3).
         """
@@ -61,14 +69,20 @@ class Plan:
         if gpus > 1:
             fixed += self.largest_gradient if gradients < 1 else self.gradients
             fixed += self.largest_layer if weights < 1 else 0
-        worst = self.steps[checkpointing].peak
-        return math.ceil(fixed + max(worst.working + gradients * worst.gradients, gradients * self.gradients))
+        moments = [worst.working + gradients * worst.gradients for worst in self.steps[checkpointing].phases.values()]
+        return math.ceil(fixed + max(*moments, gradients * self.gradients, self.validation["ours"]))
+
+    def phase(self, checkpointing: bool) -> str:
+        """Where one GPU reaches its peak."""
+        step = self.steps[checkpointing]
+        return "validation" if self.validation["ours"] > step.peak.total else step.phase
 
     def naive_peak(self, checkpointing: bool) -> int:
         """Peak on one GPU with the logits of all positions at once."""
         step = self.steps[checkpointing]
         loss = step.saved + step.phases["loss"].gradients + self.loss["naive"]
-        return max(self.peak(checkpointing), sum(self.weights.values()) + self.optimizer + loss)
+        fixed = sum(self.weights.values()) + self.optimizer
+        return max(self.peak(checkpointing), fixed + max(loss, self.validation["naive"]))
 
 
 def main(argv: list[str]) -> None:
@@ -83,6 +97,8 @@ def main(argv: list[str]) -> None:
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The plan's own options and the arguments that are left for `load_config`."""
+    if valued := [argument for argument in argv if argument.startswith(("--plan=", "plan="))]:
+        raise ConfigError(f"--plan takes no value, got {valued[0]}; write --plan alone, or leave it out to train")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--gpu_memory", type=float)
@@ -116,16 +132,7 @@ def build_empty_model(config: ModelConfig) -> MultiModalModel:
         shape = decoder_config(config.decoder)
         decoder = MultimodalQWenLMHeadModel._from_config(shape, dtype=getattr(torch, config.dtype))
     with _errors_name("model.encoder.path"), torch.device("meta"):
-        encoder = build_encoder(
-            e.kind,
-            e.path,
-            layer=e.layer,
-            drop_class_token=e.drop_class_token,
-            drop_first_patch=e.drop_first_patch,
-            dtype=e.dtype,
-            pretrained=e.pretrained,
-            load_weights=False,
-        )
+        encoder = build_encoder(**asdict(e), load_weights=False)
     with _errors_name("model.lora"), torch.device("meta"):
         if lora.r > 0:
             decoder = add_lora(decoder, lora.r, lora.alpha, lora.dropout, lora.targets)
@@ -146,7 +153,7 @@ def _errors_name(key: str):
     """Libraries' errors about what `key` names, as one line."""
     try:
         yield
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
@@ -180,7 +187,8 @@ def make_plan(
     layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
     layers += [module for module in model.modules() if next(module.children(), None) is None]
     with fake_weights(model, gpu):
-        batch, options = c.per_device_train_batch_size, {"length": length, "bf16": c.bf16}
+        batch, eval_batch = c.per_device_train_batch_size, c.per_device_eval_batch_size
+        options = {"length": length, "bf16": c.bf16}
         steps = {
             on: step_memory(model, batch, checkpointing=on, accumulation=c.gradient_accumulation_steps, **options)
             for on in checkpointing
@@ -190,6 +198,11 @@ def make_plan(
             name: loss_memory(model, batch, dtype=dtype, naive=name == "naive", **options)
             for name in ("ours", "naive")
         }
+        validation = dict.fromkeys(loss, 0)
+        if config.data.validation:
+            validation = {
+                name: validation_memory(model, eval_batch, naive=name == "naive", **options) for name in loss
+            }
     return Plan(
         weights={name: _bytes(parameters) for name, parameters in model_parts(model).items()},
         gradients=_bytes(trained),
@@ -198,6 +211,7 @@ def make_plan(
         largest_gradient=max(_bytes(p for p in layer.parameters() if p.requires_grad) for layer in layers),
         steps=steps,
         loss=loss,
+        validation=validation,
     )
 
 
@@ -249,20 +263,22 @@ def _assumptions(config: Config, model: MultiModalModel) -> str:
         f"step: {c.gradient_accumulation_steps}; {'bfloat16' if c.bf16 else 'no'} autocast; "
         f"{config.model.attn_implementation} attention.",
     ]
-    if c.per_device_train_batch_size > 1 and config.model.attn_implementation == "sdpa":
-        masks = [_mask_bytes(config, model, checkpointing) / GIB for checkpointing in (False, True)]
-        lines.append(
-            f"Padding in such a batch costs {masks[0]:.2f} GiB more for masks, {masks[1]:.2f} with checkpointing."
-        )
+    if config.data.validation:
+        lines.append(f"Validation between the steps: {c.per_device_eval_batch_size} such samples at a time.")
+    if config.model.attn_implementation == "sdpa":
+        layers, batch = model.language_model.config.num_hidden_layers, c.per_device_train_batch_size
+        masks = {"": (batch, layers), " with checkpointing": (batch, 1)}
+        if config.data.validation:
+            masks[" in validation"] = (c.per_device_eval_batch_size, 1)
+        costs = [f"{_mask_bytes(config, *of) / GIB:.2f} GiB{where}" for where, of in masks.items() if of[0] > 1]
+        lines += [f"Padding in a batch costs more, for masks: {', '.join(costs)}."] if costs else []
     return "\n".join(lines)
 
 
-def _mask_bytes(config: Config, model: MultiModalModel, checkpointing: bool) -> int:
-    """The boolean mask `[B, 1, T, T]` and its copy in the dtype of the queries, which each layer keeps."""
-    elements = config.train.per_device_train_batch_size * config.data.max_length**2
+def _mask_bytes(config: Config, batch: int, layers: int) -> int:
+    """The boolean mask `[B, 1, T, T]` and its copies in the dtype of the queries, one of each layer that keeps it."""
     size = 2 if config.train.bf16 else getattr(torch, config.model.dtype).itemsize
-    layers = 1 if checkpointing else model.language_model.config.num_hidden_layers
-    return elements * (1 + size * layers)
+    return batch * config.data.max_length**2 * (1 + size * layers)
 
 
 def _counts(parameters: list[nn.Parameter]) -> tuple[int, int, str]:
@@ -296,8 +312,10 @@ def _memory_text(plan: Plan, config: Config) -> str:
     row("activations kept for the backward pass", [step.saved for step in plan.steps.values()])
     row("logits and loss", [plan.loss["ours"]] * 2)
     row("logits and loss, naive [B, T, V]", [plan.loss["naive"]] * 2)
+    if config.data.validation:
+        row("validation: activations and loss", [plan.validation["ours"]] * 2)
     row("peak", [plan.peak(on) for on in plan.steps])
-    rows.append(("  reached in", *(step.phase for step in plan.steps.values())))
+    rows.append(("  reached in", *map(plan.phase, plan.steps)))
     row("peak with naive logits", [plan.naive_peak(on) for on in plan.steps])
     return text_table(rows, right=(1, 2)) + "\n* this configuration. Not all of these exist at the time of the peak."
 
@@ -319,7 +337,8 @@ def _stage_text(plan: Plan, checkpointing: bool, gpus: int | None, gpu_memory: f
 
 def _verdict(config: Config, plan: Plan, gpu_memory: float) -> str:
     """Whether one GPU is enough, and if not, the least invasive changes that make it so, with the peak of each."""
-    peak = plan.peak(config.train.gradient_checkpointing)
+    used = config.train.gradient_checkpointing
+    peak = plan.peak(used)
     lines = [
         f"Does it fit {gpu_memory:g} GiB? On one GPU it takes {peak / GIB:.2f} GiB: {fit(peak, gpu_memory)}",
         f"(yes: {USABLE:.0%} of what is left beside {RESERVED / GIB:g} GiB for CUDA are enough; "
@@ -329,9 +348,10 @@ def _verdict(config: Config, plan: Plan, gpu_memory: float) -> str:
         return "\n".join(lines)
     lines.append("Changes that need less, each on top of those before it:")
     changed = copy.deepcopy(config)
-    for text in _changes(changed):
+    while text := _change(changed, plan.phase(used)):
         used = changed.train.gradient_checkpointing
-        peak = make_plan(changed, build_empty_model(changed.model), checkpointing=(used,)).peak(used)
+        plan = make_plan(changed, build_empty_model(changed.model), checkpointing=(used,))
+        peak = plan.peak(used)
         lines.append(f"  {text}: {peak / GIB:.2f} GiB, {fit(peak, gpu_memory)}")
         if fit(peak, gpu_memory) == "yes":
             return "\n".join(lines)
@@ -339,19 +359,26 @@ def _verdict(config: Config, plan: Plan, gpu_memory: float) -> str:
     return "\n".join(lines)
 
 
-def _changes(config: Config):
-    """Makes one change after the other in `config`; yields each as arguments of train.py."""
+def _change(config: Config, phase: str) -> str | None:
+    """Makes the next change in `config`, whose peak is in `phase`: as arguments of train.py, None where none is left.
+
+    A smaller batch in validation touches no result but helps only where that is the peak.
+    """
     c = config.train
+    if phase == "validation" and c.per_device_eval_batch_size > 1:
+        c.per_device_eval_batch_size = 1
+        return "per_device_eval_batch_size=1"
     if not c.gradient_checkpointing:
         c.gradient_checkpointing = True
-        yield "gradient_checkpointing=true"
+        return "gradient_checkpointing=true"
     if c.per_device_train_batch_size > 1:
         c.gradient_accumulation_steps *= c.per_device_train_batch_size
         c.per_device_train_batch_size = 1
-        yield f"per_device_train_batch_size=1 gradient_accumulation_steps={c.gradient_accumulation_steps}"
+        return f"per_device_train_batch_size=1 gradient_accumulation_steps={c.gradient_accumulation_steps}"
     if c.optimizer == "adamw":
         c.optimizer = "adamw_8bit"
-        yield "optimizer=adamw_8bit"
+        return "optimizer=adamw_8bit"
     if config.model.quantization != "nf4":
         config.model.quantization = "nf4"
-        yield "quantization=nf4"
+        return "quantization=nf4"
+    return None

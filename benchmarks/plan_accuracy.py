@@ -11,6 +11,7 @@ weight while it quantizes a matrix. Exits with 1 if an estimate is off by more t
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -42,7 +43,7 @@ LIMIT = 15.0  # percent
 STEPS = 3
 IMAGE = 64  # pixels
 DECODER = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "kv_channels": 32, "vocab_size": 512}
-CASES = {  # name -> (shape of the decoder where it is not DECODER, encoder, overrides of the configuration)
+CASES = {  # name -> (shape of the decoder where it is not DECODER, encoder, overrides; {folder} is that of the case)
     "logits": ({"vocab_size": 40000}, "clip", ["max_length=256"]),
     "activations": ({}, "siglip", ["max_length=512"]),
     "checkpointing": (
@@ -74,6 +75,11 @@ CASES = {  # name -> (shape of the decoder where it is not DECODER, encoder, ove
         ["max_length=64", "optimizer=adamw_8bit", "lora.r=128"],
     ),
     "eager": ({}, "clip", ["max_length=384", "attn_implementation=eager"]),
+    "validation": (
+        {"hidden_size": 256, "num_attention_heads": 8}, "siglip",
+        ["max_length=256", "bf16=true", "gradient_checkpointing=true", "per_device_train_batch_size=1",
+         "per_device_eval_batch_size=12", "data.validation={folder}/train.parquet", "eval_steps=2"],
+    ),
 }  # fmt: skip
 
 
@@ -89,36 +95,45 @@ def main(argv: list[str] | None = None) -> int:
     errors = []
     for name in args.cases:
         with tempfile.TemporaryDirectory() as folder:
-            planned, phase, measured = compare(name, Path(folder))
+            arguments = write_case(name, Path(folder))
+            planned, phase = planned_peak(arguments)
+            measured = measure_apart(arguments)
         errors.append(100 * (planned / measured - 1))
         row = f"| {name} | {planned / MIB:.1f} | {measured / MIB:.1f} | {errors[-1]:+.1f} % | {phase} |"
         print(row, flush=True)
     return int(max(map(abs, errors)) > LIMIT)
 
 
-def compare(name: str, folder: Path) -> tuple[int, str, int]:
-    """Planned bytes, the phase that takes most, and measured bytes of a case, whose files go to `folder`."""
-    arguments = write_case(name, folder)
+def planned_peak(arguments: list[str]) -> tuple[int, str]:
+    """Planned bytes and the phase that takes most."""
     config = load_config(arguments)
-    plan = make_plan(config, build_empty_model(config.model), gpu=torch.cuda.is_available())
-    checkpointing = config.train.gradient_checkpointing
+    used = config.train.gradient_checkpointing
+    model = build_empty_model(config.model)
+    plan = make_plan(config, model, gpu=torch.cuda.is_available(), checkpointing=(used,))
+    return plan.peak(used), plan.phase(used)
+
+
+def measure_apart(arguments: list[str]) -> int:
+    """`measure` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--worker", *arguments]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(f"{name}: training failed\n{result.stderr}")
-    return plan.peak(checkpointing), plan.steps[checkpointing].phase, json.loads(result.stdout.splitlines()[-1])
+        raise RuntimeError(f"training failed: {' '.join(arguments)}\n{result.stderr}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure(arguments: list[str]) -> int:
     """Peak while training of the bytes that torch's allocator has handed out, weights included."""
     config = load_config(arguments)
+    gc.collect()  # what is freed from now on shall be what was allocated from now on
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = build_model(config.model)
         for parameter in model.parameters():
             # Weights that are mapped from a file, or read by another thread, would not be seen.
             parameter.data = parameter.data.clone()
         data = load_dataset(config, config.data.train, model)
-        trainer = VLMTrainer(model, config, data, None, Collator(model.tokenizer.pad_token_id))
+        validation = load_dataset(config, config.data.validation, model) if config.data.validation else None
+        trainer = VLMTrainer(model, config, data, validation, Collator(model.tokenizer.pad_token_id))
         with torch.profiler.record_function("training"):
             trainer.train()
     if torch.cuda.is_available():
@@ -159,7 +174,7 @@ def write_case(name: str, folder: Path) -> list[str]:
     return [
         f"decoder={folder}/decoder", f"encoder.kind={encoder}", f"encoder.path={folder}/encoder", "lora.r=16",
         f"data.train={folder}/train.parquet", f"image_root={folder}", f"output_dir={folder}/out", f"max_steps={STEPS}",
-        "per_device_train_batch_size=4", *overrides,
+        "per_device_train_batch_size=4", *(override.format(folder=folder) for override in overrides),
     ]  # fmt: skip
 
 

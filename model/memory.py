@@ -1,8 +1,9 @@
-"""Peak memory of a training step, from a step on fake tensors: shapes and lifetimes are real, nothing is computed.
+"""Peak memory of training and validation, from a step of each on fake tensors.
 
-The step runs the model's own modules (projector, LoRA layers, decoder blocks, loss) with autograd and autocast under
-torch's `FakeTensorMode`, while a dispatch mode adds up the storages that exist. What no tensor of PyTorch shows is not
-seen: scratch space inside of kernels, the CUDA context, fragmentation of the allocator.
+Shapes and lifetimes are real, nothing is computed. A step runs the model's own modules (projector, LoRA layers, decoder
+blocks, loss) with autograd and autocast under torch's `FakeTensorMode`, while a dispatch mode adds up the storages that
+exist. What no tensor of PyTorch shows is not seen: scratch space inside of kernels, the CUDA context, fragmentation of
+the allocator.
 """
 
 import weakref
@@ -255,6 +256,20 @@ def loss_memory(
             loss = _naive_loss(model, hidden) if naive else _loss(model, hidden)
         loss.backward()
     return tracker.phases["loss"].total
+
+
+@torch.no_grad()
+def validation_memory(model: MultiModalModel, batch: int, length: int, *, bf16: bool, naive: bool) -> int:
+    """Bytes that the loss of a batch takes in eval mode at its worst moment, beside weights and optimizer state.
+
+    Samples as in `step_memory`; `naive` as in `loss_memory`. Gradients are None between the steps.
+    """
+    model.eval()
+    with StorageTracker([]) as tracker, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        tracker.ignore([*model.parameters(), *model.buffers()])
+        hidden = _decoder_output(model, batch, length, lambda _: tracker.phase("validation"))
+        _naive_loss(model, hidden) if naive else _loss(model, hidden)
+    return tracker.phases["validation"].total
 
 
 def _decoder_output(model: MultiModalModel, batch: int, length: int, phase: Callable[[str], None]) -> Tensor:
