@@ -63,7 +63,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen decoder; what is trained is float32
     quantization: Literal["none", "nf4", "int8"] = "none"  # of the decoder's frozen matrices, by bitsandbytes
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"  # decoder attention
-    checkpoint: str | None = None  # folder whose trained weights, of equal LoRA and projector, are the start
+    checkpoint: str | None = None  # folder with trained weights to start from; without an adapter in it, LoRA is fresh
 
 
 @dataclass
@@ -291,6 +291,8 @@ def finish(merged: Any, schema: type = Config) -> Any:
     for key in AT_LEAST_ONE if schema is Config else ():
         if OmegaConf.select(merged, key) < 1:
             raise ConfigError(f"{key} must be at least 1, got {OmegaConf.select(merged, key)}")
+    if schema is Config and config.model.lora.r < 0:
+        raise ConfigError(f"model.lora.r must be a rank, or 0 for no adapter, got {config.model.lora.r}")
     return config
 
 

@@ -38,6 +38,9 @@ def resume_point(config: Config, main_process: bool = True) -> Path | None:
             what.
     """
     folder = Path(config.train.output_dir)
+    start = config.model.checkpoint
+    if start and folder.resolve() in (Path(start).resolve(), *Path(start).resolve().parents):
+        raise RunError(f"model.checkpoint={start} lies in train.output_dir={folder}, where this run writes its own")
     if main_process and config.train.overwrite:
         remove_run(folder)
     checkpoints = complete_checkpoints(folder)

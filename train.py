@@ -11,6 +11,7 @@ The same command continues an interrupted run; `train.overwrite=true` starts ove
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from dataset.record import read_records
 from model import MultiModalModel
 from model.checkpoint import load_trained
 from model.decoder import load_decoder
-from model.legacy import is_legacy
 from model.lora import add_lora
 from model.optim import parameter_groups
 from model.projector import build_projector
@@ -37,7 +37,7 @@ from visual import build_encoder
 
 def main() -> None:
     try:
-        if "--plan" in sys.argv:
+        if any(argument == "--plan" or argument.startswith(("--plan=", "plan=")) for argument in sys.argv[1:]):
             import plan  # it imports much, and only this needs it
 
             plan.main(sys.argv[1:])
@@ -121,15 +121,7 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Mult
         # A hub id has one slash at most, and a hub would answer that this one is malformed.
         if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
             raise ConfigError(f"{key}: there is no folder {path}")
-    encoder = build_encoder(
-        e.kind,
-        e.path,
-        layer=e.layer,
-        drop_class_token=e.drop_class_token,
-        drop_first_patch=e.drop_first_patch,
-        dtype=e.dtype,
-        pretrained=e.pretrained,
-    )
+    encoder = build_encoder(**asdict(e))
     tokenizer = QWenTokenizer.from_pretrained(config.decoder)
     decoder = load_decoder(
         config.decoder,
@@ -150,13 +142,7 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Mult
         decoder = add_lora(decoder, lora.r, lora.alpha, lora.dropout, lora.targets)
     model = MultiModalModel(encoder, projector, decoder, tokenizer.placeholder_id, tokenizer)
     if config.checkpoint:
-        if is_legacy(config.checkpoint) and e.kind == "siglip" and not e.drop_first_patch:
-            raise ConfigError(
-                f"{config.checkpoint} is an adapter of the first system, which left out SigLIP's first patch: set "
-                "model.encoder.drop_first_patch=true, or convert one that was trained with all patches by export.py "
-                "--format checkpoint --num_features N"
-            )
-        load_trained(model, config.checkpoint)
+        load_trained(model, config.checkpoint, keep_adapter=True)
     return model
 
 

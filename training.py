@@ -205,7 +205,12 @@ class VLMTrainer(Trainer):
                     f"{resume_from_checkpoint} can't be continued: {name.replace('_', ' ')} then {progress[name]}, now "
                     f"{value}; restore it, or start over with train.overwrite=true"
                 )
-        load_trained(self.model, resume_from_checkpoint)
+        try:
+            load_trained(self.model, resume_from_checkpoint)
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{resume_from_checkpoint} can't be continued: {error}\nDelete it to go on from the one before it"
+            ) from error
         self.progress = progress
 
     def finish(self) -> None:

@@ -4,7 +4,8 @@ A checkpoint folder holds
 
     adapter_model.safetensors, adapter_config.json    LoRA in peft's format; absent for a decoder without LoRA
     projector.safetensors                             parameters of the projector
-    kanjian.json                                      format version, arguments that rebuild the model, paths
+    kanjian.json                                      format version, arguments that rebuild the model, paths of the
+                                                      frozen weights and a sample of their values
     tokenizer files                                   where the model has a tokenizer
 
 Frozen weights are named, not copied. A path at most two folders above the checkpoint (`outputs/name/decoder` or
@@ -19,15 +20,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.decoder import quantization_of
-from model.legacy import is_legacy, read_legacy
+from model.fingerprint import sample_differences, weight_sample
+from model.legacy import is_legacy, legacy_spec, read_legacy
 from model.lora import lora_config, write_lora_config
 from model.optim import trained_part
-from visual.weights import read_tensors
+from visual.weights import by_layer, read_tensors
 
 if TYPE_CHECKING:
     from model.model import MultiModalModel
@@ -91,12 +94,28 @@ def read_spec(folder: str | Path) -> dict:
         spec = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON file ({error}); copy the checkpoint again") from error
-    if spec.get("format") != FORMAT:
+    if not isinstance(spec, dict) or spec.get("format") not in (1, FORMAT):
+        found = spec.get("format") if isinstance(spec, dict) else spec
         raise ValueError(
-            f"{file}: format {spec.get('format')!r}, this code reads format {FORMAT}; take the version of "
-            "Kanjian that wrote the checkpoint"
+            f"{file}: format {found!r}, this code reads format {FORMAT}; take the version of Kanjian that wrote it"
         )
+    try:
+        if spec["format"] == 1:
+            spec["system"] = _system_of_format_1(file.parent)
+            spec["decoder"]["quantization"] = "none"
+        absent = {"placeholder_id", "system", "encoder", "projector", "decoder", "adapter", "tokenizer"} - spec.keys()
+        absent |= {"path", "dtype", "quantization"} - spec["decoder"].keys()
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is no description of a checkpoint ({error!r}); copy the checkpoint again") from error
+    if absent:
+        raise ValueError(f"{file} lacks {', '.join(sorted(absent))}; copy the checkpoint again")
     return spec
+
+
+def _system_of_format_1(folder: Path) -> str | None:
+    """The text of the system turn, which that format left to the configuration beside it."""
+    file = folder / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["data"].get("system") if file.is_file() else None
 
 
 def resolve_paths(spec: dict, folder: str | Path, **replaced: str | Path | None) -> dict:
@@ -124,24 +143,33 @@ def resolve_paths(spec: dict, folder: str | Path, **replaced: str | Path | None)
     return spec
 
 
-def load_trained(model: "MultiModalModel", folder: str | Path) -> None:
+def load_trained(
+    model: "MultiModalModel", folder: str | Path, spec: dict | None = None, keep_adapter: bool = False
+) -> None:
     """Loads adapter and projector of a checkpoint, or of an adapter folder of the first system, into a model.
+
+    Args:
+        spec: of the checkpoint, where it isn't the one that the folder itself tells.
+        keep_adapter: a checkpoint without adapter leaves that of the model as it is.
 
     Raises:
         FileNotFoundError: no complete checkpoint in `folder`.
         ValueError: the checkpoint was made for another model; lists every difference: settings, and missing,
             unexpected and misshapen weights.
     """
-    folder = Path(folder)
+    folder, ours = Path(folder), _describe(model)
     if is_legacy(folder):
-        problems, has_adapter = [], True
+        places = [ours[part]["path"] for part in ("decoder", "encoder")]
+        spec = spec or legacy_spec(folder, *places, placeholder_id=model.placeholder_id)
         adapter, projector = read_legacy(folder)
     else:
-        spec = read_spec(folder)
-        problems, has_adapter = _setting_differences(_describe(model), spec), spec["adapter"]
-        adapter = read_tensors(folder / ADAPTER_FILE) if has_adapter else {}
+        spec = spec or read_spec(folder)
+        adapter = read_tensors(folder / ADAPTER_FILE) if spec["adapter"] else {}
         projector = read_tensors(folder / PROJECTOR_FILE)
-    if has_adapter and isinstance(model.decoder, PeftModel):
+    if keep_adapter and not spec["adapter"] and ours["adapter"]:
+        spec, adapter = {**spec, "adapter": True}, _adapter_state(model.decoder)
+    problems = _setting_differences(ours, spec) + _weight_sample_differences(ours, spec)
+    if (folder / ADAPTER_CONFIG_FILE).is_file() and isinstance(model.decoder, PeftModel):
         problems += _lora_differences(lora_config(model.decoder), LoraConfig.from_pretrained(str(folder)))
     load_states(model, adapter, projector, source=str(folder), problems=problems)
 
@@ -187,6 +215,7 @@ def _describe(model: "MultiModalModel") -> dict:
         },
         "adapter": isinstance(model.decoder, PeftModel),
         "tokenizer": model.tokenizer is not None,
+        "weights": {"encoder": weight_sample(model.encoder), "decoder": weight_sample(model.language_model)},
     }
 
 
@@ -224,6 +253,18 @@ def _setting_differences(model: dict, checkpoint: dict) -> list[str]:
         ours, theirs = ((spec[part] if part else spec).get(key) for spec in (model, checkpoint))
         if key not in free and ours != theirs:
             problems.append(f"{part} {key}: {theirs!r} in the checkpoint, {ours!r} in the model".strip())
+    return problems
+
+
+def _weight_sample_differences(model: dict, checkpoint: dict) -> list[str]:
+    """Frozen parts of the model that have other weights than in the training."""
+    problems = []
+    for part, recorded in checkpoint.get("weights", {}).items():
+        if names := by_layer(sample_differences(model["weights"][part], recorded)):
+            problems.append(
+                f"{part}: the weights from {model[part]['path']} are not those of the training, they differ in "
+                f"{', '.join(names)}"
+            )
     return problems
 
 

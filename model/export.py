@@ -114,6 +114,8 @@ def _ranks(tokenizer: QWenTokenizer) -> dict[bytes, int]:
 def export_qwen2(model: MultiModalModel, folder: Path, system: str | None = None) -> None:
     """Writes the language model alone as `Qwen2ForCausalLM`, with tokenizer, chat template and generation config.
 
+    `model` is merged afterwards.
+
     Args:
         system: text of the system turn of a conversation that brings none.
 
@@ -248,7 +250,8 @@ def save_text_files(tokenizer: PreTrainedTokenizerFast, model: MultiModalModel, 
 
 
 def save_weights(state: dict[str, Tensor], folder: Path) -> None:
-    """Writes `model.safetensors`, or shards and their index."""
+    """Writes `model.safetensors`, or shards and their index, into a folder that is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
     tied = [name for name in state if name.endswith("lm_head.weight")]  # left out where it is the embedding itself
     save_torch_state_dict(state, folder, max_shard_size=SHARD, shared_tensors_to_discard=tied)
 

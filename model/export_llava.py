@@ -34,6 +34,8 @@ NORM_SCALE = 2.0**24  # a power of two: scaling by it rounds nothing
 def export_llava(model: MultiModalModel, folder: Path, system: str | None = None) -> None:
     """Writes weights in the decoder's dtype, configuration, tokenizer, chat template, processor and generation config.
 
+    `model` is merged afterwards.
+
     Args:
         system: text of the system turn of a conversation that brings none.
 

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
 from qwen import QWenTokenizer
 from visual import build_encoder
-from visual.weights import read_tensors
+from visual.weights import check_place, config_errors, read_tensors
 
 FILES = ("adapter_config.json", "adapter_model.bin", "other_params.bin")
 SYSTEM = "你是一位图像理解助手。"  # the system turn that those adapters were trained with
 
 
 def is_legacy(folder: str | Path) -> bool:
-    return (Path(folder) / "other_params.bin").is_file()
+    """Whether `folder` holds such an adapter; where a checkpoint was saved into it, that is what counts."""
+    return (Path(folder) / "other_params.bin").is_file() and not (Path(folder) / "kanjian.json").is_file()
 
 
 def legacy_spec(
@@ -52,19 +53,23 @@ def legacy_spec(
             f"{folder} does not say where its frozen weights lie: pass decoder (such as Qwen/Qwen-7B-Chat) and encoder "
             "(such as google/siglip-so400m-patch14-384 or openai/clip-vit-large-patch14)"
         )
+    check_place(decoder)
     projector = read_legacy(folder)[1]
     for name in ("layers.0.weight", "layers.2.weight"):
         if name not in projector or projector[name].ndim != 2:
             raise ValueError(f"{folder / 'other_params.bin'} holds no projector: {name[7:]} [out, in] is not in it")
     tokenizer = None if placeholder_id is not None else QWenTokenizer.from_pretrained(decoder)
+    encoder_spec, num_features = _encoder_spec(str(encoder), num_features)
     return {
         "placeholder_id": tokenizer.placeholder_id if tokenizer else placeholder_id,
         "system": SYSTEM,
-        "encoder": _encoder_spec(str(encoder), num_features),
+        "encoder": encoder_spec,
         "projector": {
             "kind": "mlp",
             "in_width": projector["layers.0.weight"].shape[1],
             "out_width": projector["layers.2.weight"].shape[0],
+            "num_features": num_features,
+            "position_embedding": False,
         },
         "decoder": {"path": str(decoder), "dtype": "auto", "quantization": "none"},
         "adapter": True,
@@ -83,17 +88,19 @@ def read_legacy(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     return adapter, {f"layers.{name}": weight for name, weight in projector.items()}
 
 
-def _encoder_spec(path: str, num_features: int | None) -> dict:
-    """Arguments of `build_encoder`; the number of features decides whether the first patch is dropped."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    kind = getattr(config, "vision_config", config).model_type.removesuffix("_vision_model")
+def _encoder_spec(path: str, num_features: int | None) -> tuple[dict, int]:
+    """Arguments of `build_encoder`, and the number of features, which decides whether the first patch is dropped."""
+    with config_errors(path):
+        kind = str(PreTrainedConfig.get_config_dict(path)[0].get("model_type")).removesuffix("_vision_model")
     if kind not in ("clip", "siglip"):
-        raise ValueError(f"{path} holds a {kind!r} encoder; the first system had CLIP and SigLIP")
-    with torch.device("meta"):
-        patches = build_encoder(kind, path, load_weights=False).num_features
-    choices = {patches - 1: True, patches: False} if kind == "siglip" else {patches: False}  # the first is the default
+        raise ValueError(f"{path} holds a model of type {kind!r}; the encoders of the first system are CLIP and SigLIP")
+    found = {}
+    for drop in (True, False) if kind == "siglip" else (False,):  # the first is the default
+        with torch.device("meta"):
+            encoder = build_encoder(kind, path, drop_first_patch=drop, load_weights=False)
+        found[encoder.num_features] = encoder.spec
     if num_features is None:
-        num_features = next(iter(choices))
-    if num_features not in choices:
-        raise ValueError(f"{path} yields {' or '.join(map(str, choices))} features per picture, not {num_features}")
-    return {"kind": kind, "path": path, "drop_first_patch": choices[num_features]}
+        num_features = next(iter(found))
+    if num_features not in found:
+        raise ValueError(f"{path} yields {' or '.join(map(str, found))} features per picture, not {num_features}")
+    return found[num_features], num_features

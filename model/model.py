@@ -208,10 +208,18 @@ class MultiModalModel(nn.Module):
         `model.language_model.save_pretrained(folder)`, and `load_decoder(folder)`; `export.py` does both.
 
         Raises:
-            ValueError: the decoder is quantized, and the sum would be rounded to 4 or 8 bits.
+            ValueError: the decoder is quantized, and the sum would be rounded to 4 or 8 bits; or LoRA changes one of
+                two layers that share their matrix.
         """
         if not isinstance(self.decoder, PeftModel):
             return self
+        decoder = self.language_model
+        if decoder.config.tie_word_embeddings and any(
+            isinstance(layer, LoraLayer) for layer in (decoder.get_input_embeddings(), decoder.get_output_embeddings())
+        ):
+            raise ValueError(
+                "LoRA on the embedding or the head can't be merged: they are one matrix (tie_word_embeddings)"
+            )
         if (quantization := quantization_of(self.language_model)) != "none":
             raise ValueError(f'LoRA is not merged into {quantization} weights; load the model with quantization="none"')
         for layer in self.decoder.modules():
@@ -282,7 +290,7 @@ class MultiModalModel(nn.Module):
             tokenizer=QWenTokenizer.from_pretrained(tokenizer_folder) if spec["tokenizer"] else None,
             system=spec["system"],
         )
-        load_trained(model, folder)
+        load_trained(model, folder, spec)
         return model.to(device).eval()
 
 

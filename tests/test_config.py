@@ -77,6 +77,7 @@ def test_ambiguous_key_lists_the_candidates():
         ("save_total_limit=x", "train.save_total_limit expects int or null, got 'x'"),
         ("data.train={a: 1}", "data.train expects a list of str"),
         ("gradient_accumulation_steps=0", "train.gradient_accumulation_steps must be at least 1, got 0"),
+        ("lora.r=-1", "model.lora.r must be a rank, or 0 for no adapter, got -1"),
     ],
 )
 def test_wrong_type_names_key_and_expectation(argument, message):

@@ -358,6 +358,13 @@ def test_a_run_can_start_from_trained_weights(tiny, reference, tmp_path):
     assert torch.equal(model.projector.layers[0].weight, trained["layers.0.weight"])
     with pytest.raises(ConfigError, match=r"LoRA r: 4 in the checkpoint, 2 in the model"):
         train(tiny.config(tmp_path / "run", f"model.checkpoint={reference}", "lora.r=2"))
+    plain = build_model(tiny.config(tmp_path, "lora.r=0").model)
+    plain.save_pretrained(tmp_path / "projector_only")
+    second = build_model(tiny.config(tmp_path, f"model.checkpoint={tmp_path}/projector_only").model)
+    assert torch.equal(second.projector.layers[0].weight, plain.projector.layers[0].weight)
+    assert any(".lora_" in name for name, _ in second.named_parameters())
+    with pytest.raises(ValueError, match="adapter: True in the checkpoint, False in the model"):
+        build_model(tiny.config(tmp_path, f"model.checkpoint={reference}", "lora.r=0").model)
     with pytest.raises(ConfigError, match="model.checkpoint: there is no folder .*/gone"):
         train(tiny.config(tmp_path / "run", "model.checkpoint=gone"))
 
@@ -373,8 +380,34 @@ def test_training_goes_on_from_an_adapter_of_the_first_system(tiny, golden, tmp_
     adapter = get_peft_model_state_dict(model.decoder)
     assert adapter.keys() == published.keys()
     assert all(torch.equal(adapter[name], tensor) for name, tensor in published.items())
-    with pytest.raises(ConfigError, match="left out SigLIP's first patch: set model.encoder.drop_first_patch=true"):
+    with pytest.raises(ValueError, match="encoder drop_first_patch: True in the checkpoint, False in the model"):
         build_model(tiny.config(tmp_path, *settings).model)
+    with pytest.raises(ValueError, match="encoder layer: 'last' in the checkpoint, 'penultimate' in the model"):
+        build_model(tiny.config(tmp_path, *settings, "drop_first_patch=true", "layer=penultimate").model)
+    # One that was trained with all patches goes through a checkpoint of this project.
+    whole = MultiModalModel.from_pretrained(saved, decoder=tmp_path / "decoder", encoder=vision, num_features=16)
+    whole.save_pretrained(tmp_path / "converted")
+    settings[-1] = f"model.checkpoint={tmp_path}/converted"
+    assert build_model(tiny.config(tmp_path, *settings).model).encoder.num_features == 16
+
+
+@pytest.mark.parametrize("name", ["run", "run/checkpoint-8"])
+def test_a_run_does_not_overwrite_what_it_starts_from(tiny, tmp_path, name):
+    config = tiny.config(tmp_path / "run", f"model.checkpoint={tmp_path}/{name}", "overwrite=true")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kanjian.json").write_text("{}")
+    with pytest.raises(RunError, match="model.checkpoint=.* lies in train.output_dir"):
+        train(config)
+    assert (tmp_path / "run" / "kanjian.json").exists()
+
+
+def test_a_damaged_checkpoint_is_named_when_resuming(tiny, reference, tmp_path):
+    shutil.copytree(reference / "checkpoint-12", tmp_path / "checkpoint-12")
+    shutil.copy(reference / "config.yaml", tmp_path)
+    file = tmp_path / "checkpoint-12" / "projector.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(RunError, match="checkpoint-12 can't be continued: .*projector.safetensors can't be read"):
+        train(tiny.config(tmp_path, *long_run(tiny)))
 
 
 def test_incomplete_weights_end_the_run_with_one_line(tiny, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from dataset.template import encode_prompt
 from model import MultiModalModel
@@ -19,7 +19,7 @@ from model.export import chat_template, export_merged, export_qwen2, exported_to
 from model.export_llava import export_llava
 from model.lora import add_lora
 from model.projector import build_projector
-from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
+from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenTokenizer
 from qwen.tokenization_qwen import read_ranks, write_ranks
 from tests.model.toy import PLACEHOLDER
 from visual import build_encoder
@@ -225,6 +225,38 @@ def test_files_are_those_of_the_published_layout(fresh):
     )
     generation = json.loads((folder / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == ([309, 307], 307)
+
+
+@pytest.mark.parametrize("case", ["clip_last", "siglip_last"])
+def test_bfloat16_is_as_near_to_float32_as_the_model_itself(build, tokenizer, tmp_path, case):
+    """LLaVA rounds at other places than Qwen-1 (rotation, projector), so logits are near each other, not equal."""
+    reference, model = build(case), build(case, torch.bfloat16)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    ids = encode_prompt([{"role": "user", "content": "<image>\nred?"}], tokenizer, model.encoder.num_features)
+    exact, ours = (_answers(m, ids, [tmp_path / "a.png"])["logits"].float() for m in (reference, model))
+    pixel_values = model.encoder.preprocess([tmp_path / "a.png"])
+    export_llava(model, tmp_path / "out")
+    llava = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    assert llava.dtype == torch.bfloat16
+    with torch.no_grad():
+        theirs = llava(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits.float()
+    error = (ours - exact).square().mean().sqrt()
+    assert 0 < (theirs - exact).square().mean().sqrt() < 2 * error
+
+
+def test_tied_embeddings_stay_one_matrix(build, tokenizer, tmp_path):
+    config = QWenConfig.from_pretrained(GOLDEN / "llm", tie_word_embeddings=True, seq_length=512)
+    MultimodalQWenLMHeadModel(config).save_pretrained(tmp_path / "tied")
+    given, decoder = build("clip_last"), MultimodalQWenLMHeadModel.from_pretrained(tmp_path / "tied")
+    model = MultiModalModel(given.encoder, given.projector, decoder, PLACEHOLDER, tokenizer).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        export_qwen2(model, tmp_path / "qwen2")
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen2")
+        torch.testing.assert_close(found(ids).logits, expected, atol=1e-4, rtol=0)
+    assert "lm_head.weight" not in load_file(tmp_path / "qwen2" / "model.safetensors")
+    assert found.lm_head.weight is found.get_input_embeddings().weight
 
 
 CONVERSATIONS = [

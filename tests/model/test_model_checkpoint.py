@@ -332,6 +332,81 @@ def test_code_in_a_legacy_file_is_not_run(golden, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_saved_into_a_legacy_folder_is_what_counts(golden, tmp_path):
+    folder = shutil.copytree(golden / "f_siglip" / "saved", tmp_path / "saved")
+    model = _legacy(golden, folder)
+    torch.nn.init.normal_(model.projector.layers[0].weight)
+    model.save_pretrained(folder)
+    again = MultiModalModel.from_pretrained(folder)
+    assert torch.equal(again.projector.layers[0].weight, model.projector.layers[0].weight)
+
+
+def test_format_1_is_read(outputs, make_model):
+    """It had no system text, which lay in config.yaml, and no quantization."""
+    _model(outputs, make_model).save_pretrained(outputs / "run")
+    file = outputs / "run" / "kanjian.json"
+    spec = json.loads(file.read_text())
+    del spec["system"], spec["decoder"]["quantization"]
+    file.write_text(json.dumps({**spec, "format": 1}))
+    assert MultiModalModel.from_pretrained(outputs / "run").system is None
+    (outputs / "run" / "config.yaml").write_text("data: {system: 简短。}\n")
+    assert MultiModalModel.from_pretrained(outputs / "run").system == "简短。"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"format \[\], this code reads"),
+        ("{", "is no JSON file"),
+        ('{"format": 2}', r"no description of a checkpoint \(KeyError\('decoder'\)\)"),
+        ('{"format": 2, "decoder": {"path": "x"}}', "lacks adapter, dtype, encoder, placeholder_id, projector, "),
+    ],
+)
+def test_a_damaged_description_is_named(tmp_path, content, message):
+    (tmp_path / "kanjian.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        MultiModalModel.from_pretrained(tmp_path)
+
+
+def test_lora_on_tied_matrices_is_not_merged(golden, make_model, tmp_path):
+    config = QWenConfig.from_pretrained(golden / "llm", tie_word_embeddings=True)
+    MultimodalQWenLMHeadModel(config).save_pretrained(tmp_path)
+    decoder = add_lora(MultimodalQWenLMHeadModel.from_pretrained(tmp_path), r=2, alpha=2, targets=["w1", "lm_head"])
+    given = make_model()
+    model = MultiModalModel(given.encoder, given.projector, decoder, PLACEHOLDER)
+    with pytest.raises(ValueError, match="can't be merged: they are one matrix"):
+        model.merge()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_frozen_weights_are_recognised_in_any_dtype(outputs, make_model, dtype):
+    _model(outputs, make_model).save_pretrained(outputs / "run")
+    assert MultiModalModel.from_pretrained(outputs / "run", dtype=dtype).language_model.dtype == dtype
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_weights_are_not_taken_for_others(outputs, make_model, quantization):
+    _model(outputs, make_model).save_pretrained(outputs / "run")
+    MultiModalModel.from_pretrained(outputs / "run", quantization=quantization)
+
+
+def test_an_adapter_is_not_applied_to_a_decoder_that_has_it_already(outputs, make_model):
+    model = _model(outputs, make_model)
+    model.save_pretrained(outputs / "run")
+    model.merge().language_model.save_pretrained(outputs / "merged")
+    with pytest.raises(ValueError, match="decoder: the weights from .*/merged are not those of the training.*c_attn"):
+        MultiModalModel.from_pretrained(outputs / "run", decoder=outputs / "merged")
+
+
+def test_a_projector_is_not_put_behind_another_encoder(outputs, make_model):
+    _model(outputs, make_model).save_pretrained(outputs / "run")
+    file = outputs / "encoder" / "model.safetensors"
+    weights = {name: torch.randn_like(weight) for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="encoder: the weights from .* are not those of the training"):
+        MultiModalModel.from_pretrained(outputs / "run")
+
+
 def _legacy(golden: Path, folder: Path, **kwargs) -> MultiModalModel:
     places = {"decoder": golden / "llm", "encoder": golden / "f_siglip" / "vision", "placeholder_id": PLACEHOLDER}
     return MultiModalModel.from_pretrained(folder, **{**places, **kwargs})
