@@ -13,6 +13,7 @@ weights, by default the decoder's. Nothing is written of a model that can't be h
 """
 
 import argparse
+import errno
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from model import MultiModalModel
 from model.export import export_merged, export_qwen2
 from model.export_llava import export_llava
 
+WRITE_ERRORS = (errno.EACCES, errno.EFBIG, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 KANJIAN_CODE = """\
 from model import MultiModalModel
 model = MultiModalModel.from_pretrained({path!r})"""
@@ -101,7 +103,7 @@ def main() -> None:
         try:
             export(model, folder, arguments, system)
         except Exception as error:
-            if "(os error " not in str(error):
+            if not any(f"(os error {number})" in str(error) for number in WRITE_ERRORS):
                 raise
             # safetensors and tokenizers have classes of their own for what Python calls an OSError.
             raise OSError(f"--output {arguments.output} can't be written, is the disk full? ({error})") from error

@@ -165,7 +165,7 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=torch.device(name)).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # which of them depends on the kind of device
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"--device {name} can't be used, take cpu, or cuda where there is a GPU: {reason}") from error
 
 

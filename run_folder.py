@@ -38,9 +38,7 @@ def resume_point(config: Config, main_process: bool = True) -> Path | None:
             what.
     """
     folder = Path(config.train.output_dir)
-    start = config.model.checkpoint
-    if start and folder.resolve() in (Path(start).resolve(), *Path(start).resolve().parents):
-        raise RunError(f"model.checkpoint={start} lies in train.output_dir={folder}, where this run writes its own")
+    _check_not_needed(folder, config.model.checkpoint)
     if main_process and config.train.overwrite:
         remove_run(folder)
     checkpoints = complete_checkpoints(folder)
@@ -60,6 +58,16 @@ def resume_point(config: Config, main_process: bool = True) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, saved)
     return checkpoints[-1] if checkpoints else None
+
+
+def _check_not_needed(folder: Path, start: str | None) -> None:
+    """Raises RunError if a run in `folder` would write over its own start, or over a model that is no run's."""
+    if start and Path(start).resolve().is_relative_to(folder.resolve()):
+        inside = Path(start).resolve().relative_to(folder.resolve()).parts
+        if not inside or inside[0] == UNFINISHED or inside[0].startswith("checkpoint-"):
+            raise RunError(f"model.checkpoint={start} lies in train.output_dir={folder}, where this run writes its own")
+    if (folder / SPEC_FILE).exists() and not (folder / CONFIG_FILE).exists():
+        raise RunError(f"{folder} holds a model that no run wrote there; choose another train.output_dir")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

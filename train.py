@@ -11,7 +11,7 @@ The same command continues an interrupted run; `train.overwrite=true` starts ove
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -64,7 +64,9 @@ def train(config: Config) -> VLMTrainer:
         checkpoint = resume_point(config, main_process=args.process_index == 0)
     set_seed(config.train.seed)
     try:
-        model = build_model(config.model, args.device)
+        # A checkpoint of this run holds what its start has become.
+        settings = replace(config.model, checkpoint=None) if checkpoint else config.model
+        model = build_model(settings, args.device)
     except (OSError, ValueError) as error:  # weights that are not there, incomplete or for another model
         raise ConfigError(str(error)) from error
     model.system = config.data.system

@@ -16,8 +16,11 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from bitsandbytes.optim import AdamW8bit
@@ -198,20 +201,21 @@ class VLMTrainer(Trainer):
         return {"processes": self.args.world_size, "sample_lengths": hashlib.sha256(lengths).hexdigest()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        progress = json.loads(Path(resume_from_checkpoint, PROGRESS).read_text())
+        with _unusable(resume_from_checkpoint):
+            progress = json.loads(Path(resume_from_checkpoint, PROGRESS).read_text())
         for name, value in self.circumstances.items():
             if progress[name] != value:
                 raise RunError(
                     f"{resume_from_checkpoint} can't be continued: {name.replace('_', ' ')} then {progress[name]}, now "
                     f"{value}; restore it, or start over with train.overwrite=true"
                 )
-        try:
+        with _unusable(resume_from_checkpoint):
             load_trained(self.model, resume_from_checkpoint)
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{resume_from_checkpoint} can't be continued: {error}\nDelete it to go on from the one before it"
-            ) from error
         self.progress = progress
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _unusable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def finish(self) -> None:
         """Writes the trained weights into the output folder itself and, last, the log, which marks it as finished."""
@@ -221,6 +225,19 @@ class VLMTrainer(Trainer):
             self.state.save_to_json(f"{log}.tmp")
             os.replace(f"{log}.tmp", log)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _unusable(checkpoint: str | None) -> Iterator[None]:
+    """Errors while a checkpoint is read, as a `RunError` that says which one it is."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).split(" In PyTorch 2.6")[0]
+        raise RunError(
+            f"{checkpoint} can't be continued: {reason}\n"
+            "If a file in it is damaged, delete it: the run then goes on from the checkpoint before"
+        ) from error
 
 
 class LoopCallback(TrainerCallback):

@@ -92,7 +92,7 @@ def read_spec(folder: str | Path) -> dict:
         raise FileNotFoundError(f"{folder} is no complete checkpoint: it has no {SPEC_FILE}")
     try:
         spec = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except ValueError as error:  # wrong encodings included
         raise ValueError(f"{file} is no JSON file ({error}); copy the checkpoint again") from error
     if not isinstance(spec, dict) or spec.get("format") not in (1, FORMAT):
         found = spec.get("format") if isinstance(spec, dict) else spec
@@ -103,8 +103,10 @@ def read_spec(folder: str | Path) -> dict:
         if spec["format"] == 1:
             spec["system"] = _system_of_format_1(file.parent)
             spec["decoder"]["quantization"] = "none"
-        absent = {"placeholder_id", "system", "encoder", "projector", "decoder", "adapter", "tokenizer"} - spec.keys()
+            spec["weights"] = {}
+        absent = {"placeholder_id", "system", "adapter", "tokenizer", "weights"} - spec.keys()
         absent |= {"path", "dtype", "quantization"} - spec["decoder"].keys()
+        absent |= ({"kind", "path"} - spec["encoder"].keys()) | ({"kind", "in_width"} - spec["projector"].keys())
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is no description of a checkpoint ({error!r}); copy the checkpoint again") from error
     if absent:
@@ -115,7 +117,12 @@ def read_spec(folder: str | Path) -> dict:
 def _system_of_format_1(folder: Path) -> str | None:
     """The text of the system turn, which that format left to the configuration beside it."""
     file = folder / "config.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8"))["data"].get("system") if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))["data"].get("system")
+    except (yaml.YAMLError, UnicodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is no configuration of a run ({error!r}); copy the checkpoint again") from error
 
 
 def resolve_paths(spec: dict, folder: str | Path, **replaced: str | Path | None) -> dict:
@@ -168,7 +175,7 @@ def load_trained(
         projector = read_tensors(folder / PROJECTOR_FILE)
     if keep_adapter and not spec["adapter"] and ours["adapter"]:
         spec, adapter = {**spec, "adapter": True}, _adapter_state(model.decoder)
-    problems = _setting_differences(ours, spec) + _weight_sample_differences(ours, spec)
+    problems = _setting_differences(ours, spec) + _weight_sample_differences(model, spec)
     if (folder / ADAPTER_CONFIG_FILE).is_file() and isinstance(model.decoder, PeftModel):
         problems += _lora_differences(lora_config(model.decoder), LoraConfig.from_pretrained(str(folder)))
     load_states(model, adapter, projector, source=str(folder), problems=problems)
@@ -256,14 +263,15 @@ def _setting_differences(model: dict, checkpoint: dict) -> list[str]:
     return problems
 
 
-def _weight_sample_differences(model: dict, checkpoint: dict) -> list[str]:
-    """Frozen parts of the model that have other weights than in the training."""
+def _weight_sample_differences(model: "MultiModalModel", checkpoint: dict) -> list[str]:
+    """Frozen parts of the model that have other weights than in the training; format 1 recorded none."""
     problems = []
-    for part, recorded in checkpoint.get("weights", {}).items():
-        if names := by_layer(sample_differences(model["weights"][part], recorded)):
+    places = _describe(model)
+    for part, module in (("encoder", model.encoder), ("decoder", model.language_model)):
+        if names := sample_differences(module, checkpoint["weights"].get(part, {})):
             problems.append(
-                f"{part}: the weights from {model[part]['path']} are not those of the training, they differ in "
-                f"{', '.join(names)}"
+                f"{part}: the weights from {places[part]['path']} are not those of the training, they differ in "
+                f"{', '.join(by_layer(names))}"
             )
     return problems
 

@@ -1,40 +1,64 @@
 """A sample of frozen weights, by which a checkpoint recognises the encoder and decoder it was trained with."""
 
-import torch
-from torch import nn
+import re
+from collections.abc import Iterable
+from itertools import chain
 
-TENSORS, VALUES = 16, 8  # how many tensors of a module, and values of each, are recorded
+import torch
+from torch import Tensor, nn
+
+VALUES = 4  # of each sampled tensor
 TOLERANCE = 0.01  # relative; a rounding to bfloat16 changes a value by 0.4 % at most
 
 
-def weight_sample(module: nn.Module) -> dict[str, list[float]]:
-    """Values at fixed places of some parameters, by name; the same whatever dtype the module has.
+def weight_sample(module: nn.Module) -> dict[str, str]:
+    """Values at fixed places of parameters and buffers, by name; about the same whatever dtype the module has.
 
-    Adapters, and matrices that are quantized, are left out.
+    Of tensors that every layer has, those of the first and the last one are taken. Left out are adapters and matrices
+    that are quantized.
     """
-    names = [name for name, _ in module.named_parameters() if ".lora_" not in name]
-    picked = {names[len(names) * place // TENSORS] for place in range(TENSORS)} if names else set()
+    tensors = _tensors(module)
+    kinds: dict[str, list[str]] = {}
+    for name in tensors:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), []).append(name)
+    picked = dict.fromkeys(name for names in kinds.values() for name in (names[0], names[-1]))
+    return {name: " ".join(f"{value:.6g}" for value in _values(tensors[name])) for name in picked}
+
+
+def sample_differences(module: nn.Module, recorded: dict[str, str]) -> list[str]:
+    """Names of sampled tensors that the module lacks or whose values differ by more than a rounding."""
+    tensors = _tensors(module)
+    quantized = {_plain(name) for name, parameter in module.named_parameters() if not parameter.is_floating_point()}
+    return [
+        name
+        for name, values in recorded.items()
+        if name not in quantized
+        and not (name in tensors and _agree(_values(tensors[name]), [float(value) for value in values.split()]))
+    ]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {
-        name.replace(".base_layer", ""): _values(parameter)
-        for name, parameter in module.named_parameters()
-        if name in picked and parameter.dtype.is_floating_point
+        _plain(name): tensor
+        for name, tensor in chain(module.named_parameters(), module.named_buffers())
+        if ".lora_" not in name and tensor.is_floating_point() and tensor.numel()
     }
 
 
-def _values(parameter: nn.Parameter) -> list[float]:
-    flat = parameter.detach().flatten()
-    places = torch.arange(VALUES) * (len(flat) // VALUES) + len(flat) // (2 * VALUES)
-    return [float(f"{value:.6g}") for value in flat[places.to(flat.device)].float().tolist()]
+def _plain(name: str) -> str:
+    """The name without peft's wrapper of the layer."""
+    return name.replace(".base_layer", "")
 
 
-def sample_differences(found: dict[str, list[float]], recorded: dict[str, list[float]]) -> list[str]:
-    """Names of the parameters in both samples whose values differ by more than a rounding."""
-    return [
-        name
-        for name in found.keys() & recorded.keys()
-        if len(found[name]) != len(recorded[name])
-        or any(
-            abs(ours - theirs) > TOLERANCE * max(abs(ours), abs(theirs)) + 1e-6
-            for ours, theirs in zip(found[name], recorded[name], strict=True)
-        )
-    ]
+def _values(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().flatten()
+    places = (2 * torch.arange(VALUES, device=flat.device) + 1) * len(flat) // (2 * VALUES)
+    return flat[places].float().tolist()
+
+
+def _agree(found: Iterable[float], recorded: list[float]) -> bool:
+    # Written so that a value that is not a number agrees with none.
+    return len(recorded) == VALUES and all(
+        abs(ours - theirs) <= TOLERANCE * max(abs(ours), abs(theirs)) + 1e-6
+        for ours, theirs in zip(found, recorded, strict=True)
+    )

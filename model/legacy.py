@@ -74,6 +74,7 @@ def legacy_spec(
         "decoder": {"path": str(decoder), "dtype": "auto", "quantization": "none"},
         "adapter": True,
         "tokenizer": tokenizer is not None,
+        "weights": {},
     }
 
 

@@ -398,16 +398,34 @@ def test_a_run_does_not_overwrite_what_it_starts_from(tiny, tmp_path, name):
     (tmp_path / "run" / "kanjian.json").write_text("{}")
     with pytest.raises(RunError, match="model.checkpoint=.* lies in train.output_dir"):
         train(config)
+    with pytest.raises(RunError, match="holds a model that no run wrote there"):
+        train(tiny.config(tmp_path / "run", "overwrite=true"))
     assert (tmp_path / "run" / "kanjian.json").exists()
+
+
+def test_a_run_goes_on_when_its_start_is_gone(tiny, tmp_path):
+    folder, start = tmp_path / "run", tmp_path / "run" / "stage1"  # no run touches a folder of that name
+    settings = [f"model.checkpoint={start}", "max_steps=4"]
+    build_model(tiny.config(folder).model).save_pretrained(start)
+    train(tiny.config(folder, *settings))
+    (folder / "trainer_state.json").unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.rmtree(start)
+    whole = weights(folder)
+    train(tiny.config(folder, *settings))
+    assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_damaged_checkpoint_is_named_when_resuming(tiny, reference, tmp_path):
     shutil.copytree(reference / "checkpoint-12", tmp_path / "checkpoint-12")
     shutil.copy(reference / "config.yaml", tmp_path)
-    file = tmp_path / "checkpoint-12" / "projector.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(RunError, match="checkpoint-12 can't be continued: .*projector.safetensors can't be read"):
-        train(tiny.config(tmp_path, *long_run(tiny)))
+    for name, reason in (("progress.json", ""), ("optimizer.pt", ""), ("projector.safetensors", ".*can't be read")):
+        file = tmp_path / "checkpoint-12" / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] if name != "optimizer.pt" else content[:500])
+        with pytest.raises(RunError, match=f"checkpoint-12 can't be continued: {reason}"):
+            train(tiny.config(tmp_path, *long_run(tiny)))
+        file.write_bytes(content)
 
 
 def test_incomplete_weights_end_the_run_with_one_line(tiny, tmp_path):
