@@ -85,5 +85,5 @@ def remove_run(folder: Path) -> None:
     """Deletes what a run writes into its output folder and nothing else."""
     for path in [folder / UNFINISHED, *checkpoint_folders(folder)]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (TRAINER_STATE_NAME, CONFIG_FILE, SPEC_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, PROJECTOR_FILE):
+    for name in (TRAINER_STATE_NAME, SPEC_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, PROJECTOR_FILE, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)
