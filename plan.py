@@ -34,6 +34,7 @@ from model.projector import build_projector
 from model.table import model_parts, text_table
 from qwen import MultimodalQWenLMHeadModel
 from visual import build_encoder
+from visual.weights import is_local
 
 GIB = 2**30
 RESERVED = GIB  # of a GPU: CUDA context and workspaces of cuBLAS and NCCL, which are no tensors
@@ -158,8 +159,7 @@ def _errors_name(key: str):
 
 
 def _check_folder(key: str, path: str) -> None:
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()  # a hub id has one slash
-    if local and not Path(path, "config.json").is_file():
+    if (is_local(path) or Path(path).exists()) and not Path(path, "config.json").is_file():
         raise ConfigError(f"{key}: there is no {path}/config.json; the plan reads that file and nothing else of it")
 
 

@@ -33,6 +33,7 @@ from qwen import QWenTokenizer
 from run_folder import RunError, resume_point
 from training import VLMTrainer, training_arguments
 from visual import build_encoder
+from visual.weights import check_place
 
 
 def main() -> None:
@@ -112,17 +113,14 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Mult
         ValueError: weights that are not complete, or an encoder or LoRA setting that does not fit them.
     """
     e, p, lora = config.encoder, config.projector, config.lora
-    folders = {
-        "model.decoder": config.decoder,
-        "model.encoder.path": e.path,
-        "model.checkpoint": config.checkpoint and os.path.abspath(config.checkpoint),  # never a hub id
-    }
-    for key, path in folders.items():
-        if path is None:
-            continue
-        # A hub id has one slash at most, and a hub would answer that this one is malformed.
-        if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
-            raise ConfigError(f"{key}: there is no folder {path}")
+    places = {"model.decoder": config.decoder, "model.encoder.path": e.path}
+    if config.checkpoint:
+        places["model.checkpoint"] = os.path.abspath(config.checkpoint)  # never a hub id
+    for key, path in places.items():
+        try:
+            check_place(path)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{key}: {error}") from error
     encoder = build_encoder(**asdict(e))
     tokenizer = QWenTokenizer.from_pretrained(config.decoder)
     decoder = load_decoder(

@@ -57,6 +57,7 @@ def save_trained(model: "MultiModalModel", folder: str | Path) -> None:
         if parameter.requires_grad:
             trained_part(name)
     spec = _describe(model)
+    spec["weights"] = {"encoder": weight_sample(model.encoder), "decoder": weight_sample(model.language_model)}
     if not spec["decoder"]["path"]:
         raise ValueError(
             "the decoder's weights lie in no folder that the checkpoint could name: save them with "
@@ -175,7 +176,7 @@ def load_trained(
         projector = read_tensors(folder / PROJECTOR_FILE)
     if keep_adapter and not spec["adapter"] and ours["adapter"]:
         spec, adapter = {**spec, "adapter": True}, _adapter_state(model.decoder)
-    problems = _setting_differences(ours, spec) + _weight_sample_differences(model, spec)
+    problems = _setting_differences(ours, spec) + _weight_sample_differences(model, ours, spec)
     if (folder / ADAPTER_CONFIG_FILE).is_file() and isinstance(model.decoder, PeftModel):
         problems += _lora_differences(lora_config(model.decoder), LoraConfig.from_pretrained(str(folder)))
     load_states(model, adapter, projector, source=str(folder), problems=problems)
@@ -207,7 +208,7 @@ def load_states(
 
 
 def _describe(model: "MultiModalModel") -> dict:
-    """What `kanjian.json` records, with paths as the model knows them."""
+    """What `kanjian.json` records beside the sample of weights, with paths as the model knows them."""
     decoder = model.language_model
     return {
         "format": FORMAT,
@@ -222,7 +223,6 @@ def _describe(model: "MultiModalModel") -> dict:
         },
         "adapter": isinstance(model.decoder, PeftModel),
         "tokenizer": model.tokenizer is not None,
-        "weights": {"encoder": weight_sample(model.encoder), "decoder": weight_sample(model.language_model)},
     }
 
 
@@ -263,10 +263,9 @@ def _setting_differences(model: dict, checkpoint: dict) -> list[str]:
     return problems
 
 
-def _weight_sample_differences(model: "MultiModalModel", checkpoint: dict) -> list[str]:
+def _weight_sample_differences(model: "MultiModalModel", places: dict, checkpoint: dict) -> list[str]:
     """Frozen parts of the model that have other weights than in the training; format 1 recorded none."""
     problems = []
-    places = _describe(model)
     for part, module in (("encoder", model.encoder), ("decoder", model.language_model)):
         if names := sample_differences(module, checkpoint["weights"].get(part, {})):
             problems.append(

@@ -54,7 +54,7 @@ def legacy_spec(
             "(such as google/siglip-so400m-patch14-384 or openai/clip-vit-large-patch14)"
         )
     check_place(decoder)
-    projector = read_legacy(folder)[1]
+    projector = _read_projector(folder)
     for name in ("layers.0.weight", "layers.2.weight"):
         if name not in projector or projector[name].ndim != 2:
             raise ValueError(f"{folder / 'other_params.bin'} holds no projector: {name[7:]} [out, in] is not in it")
@@ -84,9 +84,12 @@ def read_legacy(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     Raises:
         ValueError: a file is damaged or holds more than tensors.
     """
-    adapter = read_tensors(Path(folder) / "adapter_model.bin")
+    return read_tensors(Path(folder) / "adapter_model.bin"), _read_projector(folder)
+
+
+def _read_projector(folder: str | Path) -> dict[str, Tensor]:
     projector = read_tensors(Path(folder) / "other_params.bin")
-    return adapter, {f"layers.{name}": weight for name, weight in projector.items()}
+    return {f"layers.{name}": weight for name, weight in projector.items()}
 
 
 def _encoder_spec(path: str, num_features: int | None) -> tuple[dict, int]:

@@ -25,12 +25,14 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SAVE_AGAIN = "save the file again with torch.save(model.state_dict(), ...)"
 
 
-def check_place(path: str | Path) -> None:
-    """Raises FileNotFoundError for what can only be a local path, if nothing is there.
+def is_local(path: str | Path) -> bool:
+    """Whether `path` can be no hub id, which has one slash at most and does not begin as a path does."""
+    return str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
 
-    A hub would answer that it is malformed: an id has one slash at most and does not begin as a path does.
-    """
-    if (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1) and not Path(path).exists():
+
+def check_place(path: str | Path) -> None:
+    """Raises FileNotFoundError for a local path where nothing is; a hub would answer that it is malformed."""
+    if is_local(path) and not Path(path).exists():
         raise FileNotFoundError(f"there is no folder {path}")
 
 

@@ -136,7 +136,7 @@ def test_pickles(tokenizer, image_root, tmp_path):
     dataset = build(read_records(tmp_path / "r.parquet"), tokenizer, image_root, max_length=50)
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.lengths == dataset.lengths
-    for ours, theirs in zip(copy, dataset, strict=False):
+    for ours, theirs in zip(copy, dataset, strict=True):
         assert ours["input_ids"] == theirs["input_ids"]
         assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
 
