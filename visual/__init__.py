@@ -6,21 +6,24 @@ from visual.clip import build_clip
 from visual.encoder import VisionEncoder
 from visual.image import load_image
 from visual.openclip import build_open_clip
+from visual.pretrained import kind_of
 from visual.siglip import build_siglip
 from visual.timm_backbone import build_timm
+from visual.vit import build_vit
 
 __all__ = ["ENCODERS", "VisionEncoder", "build_encoder", "load_image"]
 
 ENCODERS = {
     "clip": build_clip,
     "siglip": build_siglip,
+    "vit": build_vit,
     "open_clip": build_open_clip,
     "timm": build_timm,
 }
 
 
 def build_encoder(
-    kind: str,
+    kind: str | None,
     path: str,
     *,
     layer: str = "last",
@@ -33,10 +36,10 @@ def build_encoder(
     """A frozen vision encoder with its published weights, in eval mode.
 
     Args:
-        kind: a name in `ENCODERS`.
-        path: what to load. `clip`, `siglip`: a folder or hub id in the format of transformers. `open_clip`: a model
-            name, `hf-hub:<id>` or a folder with `open_clip_config.json`. `timm`: a model name, `hf-hub:<id>` or a
-            folder with timm's `config.json`.
+        kind: a name in `ENCODERS`; None for `clip`, `siglip` or `vit` as the `config.json` of `path` says.
+        path: what to load. `clip`, `siglip`, `vit`: a folder or hub id in the format of transformers; it may be a
+            LLaVA's, whose vision tower alone is taken. `open_clip`: a model name, `hf-hub:<id>` or a folder with
+            `open_clip_config.json`. `timm`: a model name, `hf-hub:<id>` or a folder with timm's `config.json`.
         layer: "last", or "penultimate" for the output of the layer before it (`hidden_states[-2]`, not normalised).
         drop_class_token: whether class and register tokens are left out; None: left out where there are any.
             True is an error for an encoder that has none.
@@ -51,10 +54,11 @@ def build_encoder(
         ValueError: unknown kind, option that this kind does not have, weights that do not fit exactly.
         OSError: nothing to load under `path`.
     """
-    if kind not in ENCODERS:
+    if kind is not None and kind not in ENCODERS:
         raise ValueError(f"unknown encoder kind {kind!r}; known: {', '.join(ENCODERS)}")
     if layer not in ("last", "penultimate"):
         raise ValueError(f'encoder layer is "last" or "penultimate", not {layer!r}')
+    kind = kind or kind_of(str(path))
     dtype_name = str(dtype or "float32").removeprefix("torch.")
     options = {
         "layer": layer,

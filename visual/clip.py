@@ -7,11 +7,11 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 
 from visual.encoder import VisionEncoder, refuse
-from visual.pretrained import TEXT_HALF, load_processor, load_vision_config, load_vision_model
+from visual.pretrained import BESIDE_TOWER, TEXT_HALF, load_processor, load_vision_config, load_vision_model, on_grid
 
 
 class _VisionHalf(CLIPVisionModel):
-    _keys_to_ignore_on_load_unexpected = TEXT_HALF
+    _keys_to_ignore_on_load_unexpected = [*TEXT_HALF, *BESIDE_TOWER]
 
 
 def build_clip(
@@ -36,4 +36,4 @@ def build_clip(
 
 def _features(model: CLIPVisionModel, pixel_values: Tensor, drop_class_token: bool) -> Tensor:
     hidden = model(pixel_values).last_hidden_state  # [N, 1+n, D]
-    return hidden[:, 1:] if drop_class_token else hidden
+    return on_grid(hidden[:, 1:], model.config) if drop_class_token else hidden

@@ -1,9 +1,16 @@
 """Any image file -> RGB."""
 
+import io
 import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+
+# Formats whose header says how large the decoded image is; of others only decoding tells (an icon holds several).
+FORMATS_WITH_SIZE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM")
 
 
 def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
@@ -24,9 +31,58 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return _decode(source, getattr(source, "filename", "") or f"image of mode {source.mode}")
     name = os.fspath(source)
+    with _errors(name), Image.open(name) as image:
+        return _decode(image, name)
+
+
+def image_size(source: str | os.PathLike | Image.Image) -> tuple[int, int]:
+    """(width, height) of what `load_image` makes of it, from the header of the file where its format allows that.
+
+    Pixels behind a good header may still be damaged, which `load_image` finds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: empty or no image; more pixels than `PIL.Image.MAX_IMAGE_PIXELS`. The message names the file.
+    """
+    if isinstance(source, Image.Image):
+        return load_image(source).size
+    name = os.fspath(source)
+    with _errors(name), Image.open(name) as image:
+        if image.format not in FORMATS_WITH_SIZE:
+            return _decode(image, name).size
+        check_pixels(*image.size, name)
+        try:
+            exif = _png_exif(name) if image.format == "PNG" else image.getexif()
+        except Exception as error:  # as in `_decode`
+            raise ValueError(f"{name} can't be decoded: {error}") from error
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees, mirrored or not
+    return image.size[::-1] if turned else image.size
+
+
+def _png_exif(name: str) -> Image.Exif:
+    """What `getexif` would return; Pillow decodes the pixels first, as the metadata may stand behind them."""
+    parts = []
+    with open(name, "rb") as file:
+        parts.append(file.read(8))
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind in (b"IDAT", b"fdAT"):
+                file.seek(length + 4, os.SEEK_CUR)
+            else:
+                parts += [header, file.read(length + 4)]
+            if kind == b"IEND":
+                break
+        else:
+            parts.append(b"\0\0\0\0IEND\xaeB`\x82")  # a file that is cut off
+    with Image.open(io.BytesIO(b"".join(parts))) as image:
+        return Image.Image.getexif(image)
+
+
+@contextmanager
+def _errors(name: str) -> Iterator[None]:
+    """What Pillow raises while it opens a file, as one line that names it."""
     try:
-        with Image.open(name) as image:
-            return _decode(image, name)
+        yield
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {name}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -39,18 +95,23 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
-    width, height = image.size
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{name}: {width}x{height} pixels, {_bomb_hint()}")
+    check_pixels(*image.size, name)
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     # On corrupt data Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         raise ValueError(f"{name} can't be decoded: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def check_pixels(width: int, height: int, name: str) -> None:
+    """Raises ValueError for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; `name` is for the message."""
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{name}: {width}x{height} pixels, {_bomb_hint()}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode in RGB, transparent pixels on white; raises ValueError where it has no pixels."""
     if 0 in image.size:
         raise ValueError("it has no pixels")
     if image.mode.startswith(("I", "F")):

@@ -40,7 +40,8 @@ def _load_preprocess(settings: dict) -> Preprocess:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
-    return Preprocess(transform, center_crop=settings["resize_mode"] == "shortest")
+    # All its modes leave an image that has the wanted size as it is.
+    return Preprocess(transform, settings["resize_mode"] == "shortest", transform)
 
 
 def _load(path: str, pretrained: str | None, load_weights: bool) -> nn.Module:
@@ -96,9 +97,11 @@ def _patch_tokens(tower: nn.Module, pixel_values: Tensor, index: int, drop_class
         output_extra_tokens=True,
     )
     patches = out["image_intermediates"][0]  # [N, n, D]
-    return patches if drop_class_token else torch.cat([out["image_intermediates_prefix"][0], patches], dim=1)
+    if drop_class_token:
+        return patches.unflatten(1, tower.grid_size)
+    return torch.cat([out["image_intermediates_prefix"][0], patches], dim=1)
 
 
 def _feature_map(tower: nn.Module, pixel_values: Tensor, index: int) -> Tensor:
     out = tower.forward_intermediates(pixel_values, indices=[index], intermediates_only=True)
-    return out["image_intermediates"][0].flatten(2).transpose(1, 2)  # [N, D, h, w] -> [N, h*w, D]
+    return out["image_intermediates"][0].permute(0, 2, 3, 1)  # [N, D, h, w] -> [N, h, w, D]

@@ -21,17 +21,31 @@ class Preprocess:
         center_crop: whether `transform` scales the short side and cuts out the middle. Scaled so, a strip of
             1x3000 pixels would have 224x672,000 before the cut; it is trimmed to its middle first, of which the
             cut keeps all that it needs.
+        transform_exact: like `transform`, for images that already have the encoder's size: it neither scales nor cuts.
     """
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor], center_crop: bool) -> None:
+    def __init__(
+        self,
+        transform: Callable[[Image.Image], Tensor],
+        center_crop: bool,
+        transform_exact: Callable[[Image.Image], Tensor],
+    ) -> None:
         self.transform = transform
         self.center_crop = center_crop
+        self.transform_exact = transform_exact
 
     def __call__(self, images: Sequence[str | PathLike | Image.Image]) -> Tensor:
         """Raises ValueError for an empty list or an image that can't be scaled, and what `load_image` raises."""
         if not images:
             raise ValueError("no images to preprocess")
         return torch.stack([self._one(load_image(image)) for image in images]).float()
+
+    def exact(self, images: Sequence[Image.Image]) -> Tensor:
+        """pixel_values [N, 3, H, W] float32 of RGB images that have W x H pixels; every pixel stays where it is.
+
+        `preprocess(images)` may cut off their margin, as many settings do with all images.
+        """
+        return torch.stack([self.transform_exact(image) for image in images]).float()
 
     def _one(self, image: Image.Image) -> Tensor:
         width, height = image.size

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from visual.encoder import VisionEncoder, refuse
-from visual.pretrained import TEXT_HALF, load_processor, load_vision_config, load_vision_model
+from visual.pretrained import BESIDE_TOWER, TEXT_HALF, load_processor, load_vision_config, load_vision_model, on_grid
 
 
 class _VisionHalf(SiglipVisionModel):
     # The attention-pooling head makes the one vector of the contrastive loss.
-    _keys_to_ignore_on_load_unexpected = [*TEXT_HALF, r"^head\."]
+    _keys_to_ignore_on_load_unexpected = [*TEXT_HALF, *BESIDE_TOWER, r"^head\."]
 
 
 def build_siglip(
@@ -43,4 +43,4 @@ def build_siglip(
 
 def _features(model: SiglipVisionModel, pixel_values: Tensor, drop_first_patch: bool) -> Tensor:
     hidden = model(pixel_values).last_hidden_state  # [N, n, D]
-    return hidden[:, 1:] if drop_first_patch else hidden
+    return hidden[:, 1:] if drop_first_patch else on_grid(hidden, model.config)

@@ -1,6 +1,7 @@
 """Backbones of timm: transformers and convolutional networks, their last feature map as a row of vectors."""
 
 from functools import partial
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -36,7 +37,9 @@ def _load_preprocess(settings: dict) -> Preprocess:
     import timm.data
 
     transform = timm.data.create_transform(**settings, is_training=False)
-    return Preprocess(transform, center_crop=settings["crop_mode"] == "center")
+    # Without a margin to cut off, an image that has the wanted size stays as it is.
+    exact = timm.data.create_transform(**settings | {"crop_pct": 1.0, "crop_mode": "center"}, is_training=False)
+    return Preprocess(transform, settings["crop_mode"] == "center", exact)
 
 
 def _load(path: str, pretrained: str | None, load_weights: bool) -> nn.Module:
@@ -87,25 +90,36 @@ def check_timm_model(model: nn.Module, name: str, layer: str, drop_class_token: 
 
 
 def timm_features(model: nn.Module, pixel_values: Tensor, layer: str, drop_prefix: bool) -> Tensor:
-    """[N, 3, H, W] -> [N, n, D], rows of the feature map one after the other, prefix tokens (if kept) first."""
+    """[N, 3, H, W] -> feature map [N, h, w, D]; or [N, n, D] with prefix tokens (if kept) before its rows."""
     if layer == "penultimate":
         return _level(model, pixel_values, -2, drop_prefix, norm=False)
     features = model.forward_features(pixel_values)
     if isinstance(features, Tensor) and features.ndim == 4:
         if getattr(model, "output_fmt", "NCHW") == "NHWC":
-            return features.flatten(1, 2)
-        return features.flatten(2).transpose(1, 2)
+            return features
+        return features.permute(0, 2, 3, 1)
     if isinstance(features, Tensor) and hasattr(model, "num_prefix_tokens"):
-        return features[:, model.num_prefix_tokens :] if drop_prefix else features
+        if not drop_prefix and model.num_prefix_tokens:
+            return features
+        return _on_grid(features[:, model.num_prefix_tokens :], pixel_values.shape[2:])
     # Several outputs, or tokens of which the model doesn't say how many are no patches: only its feature levels tell.
     return _level(model, pixel_values, -1, drop_prefix, norm=True)
 
 
 def _level(model: nn.Module, pixel_values: Tensor, index: int, drop_prefix: bool, norm: bool) -> Tensor:
-    """One level of a model's feature hierarchy as [N, n, D]; `norm` applies the final norm to it."""
+    """One level of a model's feature hierarchy as `timm_features` gives it; `norm` applies the final norm to it."""
     options = {"indices": [index], "norm": norm, "intermediates_only": True, "output_fmt": "NCHW", "stop_early": True}
     if drop_prefix or not getattr(model, "num_prefix_tokens", 0):
-        feature_map = model.forward_intermediates(pixel_values, **options)[0]  # [N, D, h, w]
-        return feature_map.flatten(2).transpose(1, 2)
+        return model.forward_intermediates(pixel_values, **options)[0].permute(0, 2, 3, 1)  # from [N, D, h, w]
     feature_map, prefix = model.forward_intermediates(pixel_values, **options, return_prefix_tokens=True)[0]
     return torch.cat([prefix, feature_map.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _on_grid(patches: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Patches [N, n, D] as [N, h, w, D] where squares of one size, cut from images of `image_size`, can be n."""
+    # timm has no one name for the grid of all its transformers, but all of them step equally far in both directions.
+    height, width = image_size
+    rows = isqrt(patches.shape[1] * height // width)
+    columns = patches.shape[1] // max(rows, 1)
+    fits = rows * columns == patches.shape[1] and rows * width == columns * height
+    return patches.unflatten(1, (rows, columns)) if fits else patches

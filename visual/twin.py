@@ -74,7 +74,8 @@ def transformers_tower(encoder: VisionEncoder) -> tuple[PreTrainedModel, BaseIma
         path = encoder.spec["path"]
         # An encoder of the layer before the last does not keep the last.
         full = encoder if encoder.spec["layer"] == "last" else build_encoder(**encoder.spec | {"layer": "last"})
-        model_class, config, state = MODELS[kind], full.backbone.config, full.backbone.state_dict()
+        model_class, config = MODELS[kind], full.backbone.config
+        state = full.backbone.state_dict() | encoder.backbone.state_dict()  # which may have been trained
         processor = load_image_processor(path)
     elif kind == "open_clip":
         try:

@@ -104,8 +104,8 @@ def test_pixel_values_of_another_shape(arguments, shape):
 
 
 def test_kinds():
-    assert list(ENCODERS) == ["clip", "siglip", "open_clip", "timm"]
-    with pytest.raises(ValueError, match="unknown encoder kind 'clipp'; known: clip, siglip, open_clip, timm"):
+    assert list(ENCODERS) == ["clip", "siglip", "vit", "open_clip", "timm"]
+    with pytest.raises(ValueError, match="unknown encoder kind 'clipp'; known: clip, siglip, vit, open_clip, timm"):
         build_encoder("clipp", "x")
 
 
@@ -128,3 +128,92 @@ def test_options_that_a_kind_does_not_have(folders):
 def test_a_backbone_without_features_is_an_error():
     with pytest.raises(ValueError, match="Identity gives no features"):
         VisionEncoder(torch.nn.Identity(), lambda backbone, x: backbone(x), (8, 8), lambda: None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unfrozen_features_are_the_same(arguments, name):
+    encoder = build_encoder(**arguments[name])
+    expected = encoder(pixels(encoder))
+    assert not encoder.trainable
+    assert encoder.unfreeze() is encoder and encoder.trainable
+    features = encoder(pixels(encoder))
+    assert features.requires_grad and torch.equal(features, expected)
+    with torch.no_grad():
+        assert not encoder(pixels(encoder)).requires_grad
+    encoder.requires_grad_(False)
+    assert not encoder.trainable and not encoder(pixels(encoder)).requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_trainable_is_what_gets_a_gradient(arguments, name):
+    encoder = build_encoder(**arguments[name]).unfreeze()
+    trainable = {n for n, parameter in encoder.named_parameters() if parameter.requires_grad}
+    encoder.requires_grad_(True)
+    x = pixels(encoder)
+    encoder(x).square().sum().backward()
+    assert trainable == {n for n, parameter in encoder.named_parameters() if parameter.grad is not None}
+    assert len(trainable) > 3
+
+
+def test_the_final_norm_of_clip_stays_frozen(arguments):
+    encoder = build_encoder(**arguments["clip"]).unfreeze()
+    frozen = [n for n, parameter in encoder.backbone.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["post_layernorm.weight", "post_layernorm.bias"]
+    with torch.device("meta"):
+        empty = build_encoder(**arguments["clip"], load_weights=False).unfreeze()
+    assert [n for n, parameter in empty.backbone.named_parameters() if not parameter.requires_grad] == frozen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_of_no_image_is_zero(arguments, name):
+    encoder = build_encoder(**arguments[name]).unfreeze()
+    features = encoder(torch.zeros(0, 3, *encoder.image_size))
+    assert features.shape == (0, encoder.num_features, encoder.width)
+    features.sum().backward()
+    gradients = [parameter.grad for parameter in encoder.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_training_mode_of_a_trainable_encoder(arguments):
+    encoder = build_encoder(**arguments["resnet"]).unfreeze().train()
+    assert encoder.training and not any(
+        module.training for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)
+    )
+    before = {n: buffer.clone() for n, buffer in encoder.named_buffers()}
+    x = pixels(encoder, 3)
+    torch.testing.assert_close(encoder(x)[1:2], encoder(x[1:2]), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(buffer, before[n]) for n, buffer in encoder.named_buffers())
+    assert not any(module.training for module in encoder.eval().modules())
+
+
+GRIDS = {"clip": (4, 4), "siglip": None, "vit": (10, 10), "resnet": (5, 5)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grid(arguments, name):
+    encoder = build_encoder(**arguments[name])
+    assert encoder.grid == GRIDS[name]
+    if encoder.grid:
+        assert encoder.grid[0] * encoder.grid[1] == encoder.num_features
+    whole = build_encoder("siglip", arguments["siglip"]["path"])
+    assert whole.grid == (4, 4)
+    with_class = build_encoder("clip", arguments["clip"]["path"], drop_class_token=False)
+    assert with_class.grid is None and with_class.num_features == 17
+
+
+def test_features_follow_each_other_row_by_row():
+    """Of a picture whose upper right corner is bright, that corner of the grid differs from a dark one's."""
+    encoder = build_encoder("timm", "test_resnet", load_weights=False)
+    rows, columns = encoder.grid
+    dark = torch.zeros(1, 3, *encoder.image_size)
+    bright = dark.clone()
+    bright[:, :, :32, -32:] = 5
+    difference = (encoder(bright) - encoder(dark)).norm(dim=-1).unflatten(1, (rows, columns))[0]
+    assert difference.argmax().item() == columns - 1
+
+
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_grids_of_transformers_of_timm(name):
+    with torch.device("meta"):
+        encoder = build_encoder("timm", name, load_weights=False)
+    assert encoder.grid == ((7, 7) if name.startswith("swin") else (14, 14))
