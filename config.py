@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 @dataclass
 class EncoderConfig:
-    kind: Literal["clip", "siglip", "open_clip", "timm"] = "siglip"  # which library the weights belong to
+    kind: Literal["clip", "siglip", "vit", "open_clip", "timm"] | None = None  # null: as the config.json of path says
     path: str = MISSING  # local folder or hub name of the weights; for open_clip and timm the name of the architecture
     pretrained: str | None = None  # open_clip and timm only: weights file or tag
     layer: Literal["last", "penultimate"] = "last"  # whose hidden states become the features
@@ -43,35 +43,48 @@ class EncoderConfig:
 class ProjectorConfig:
     kind: Literal["mlp", "linear"] = "mlp"  # mlp: Linear - GELU - Linear
     position_embedding: bool = False  # add a learned vector per patch before the projection
+    pixel_shuffle: int = 1  # r: r x r neighbouring features become one of r * r times the width
     init_std: float = 0.01  # standard deviation of the initial weights
 
 
 @dataclass
 class LoraConfig:
-    r: int = 128  # rank; 0: no adapter, only the projector learns
+    r: int = 128  # rank
     alpha: float = 32.0  # the update is scaled by alpha / r
     dropout: float = 0.1  # on the input of the update, while training
-    targets: list[str] = field(default_factory=lambda: ["c_attn", "w1", "w2"])  # names of decoder layers
+    targets: list[str] = field(default_factory=list)  # names of decoder layers; empty: all linear ones of the blocks
+
+
+@dataclass
+class MediaConfig:
+    max_tiles: int = 0  # high resolution: at most so many tiles of an image beside the whole; 0: the whole image alone
+    frames: int = 8  # of a clip, at most; evenly over it unless fps is set
+    fps: float | None = None  # frames per second of a clip
+    max_seconds: float | None = None  # how much of a clip is looked at, from its start; null: all
+    frame_pooling: int = 2  # k: the mean of k x k neighbouring features of a frame becomes one
 
 
 @dataclass
 class ModelConfig:
-    decoder: str = MISSING  # local folder or hub name of a Qwen-1 checkpoint with its tokenizer
+    decoder: str = MISSING  # local folder or hub name of a decoder with its tokenizer: Qwen-1, Llama, Qwen2, GPT-2, ...
+    tune: Literal["projector", "lora", "decoder", "all"] = "lora"  # what learns beside the projector (all: encoder too)
+    template: str | None = None  # how turns are delimited (dataset/template.py); null: as the decoder was trained
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen decoder; what is trained is float32
+    media: MediaConfig = field(default_factory=MediaConfig)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of a frozen decoder; what is trained is float32
     quantization: Literal["none", "nf4", "int8"] = "none"  # of the decoder's frozen matrices, by bitsandbytes
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"  # decoder attention
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None  # null: auto
     checkpoint: str | None = None  # folder with trained weights to start from; without an adapter in it, LoRA is fresh
 
 
 @dataclass
 class DataConfig:
-    train: list[str] = MISSING  # record files or folders of them (Parquet, JSON, JSONL)
+    train: list[str] = MISSING  # record files or folders of them (Parquet, JSON, JSONL, CSV)
     validation: list[str] = field(default_factory=list)  # records whose loss is measured while training; may be empty
-    image_root: str = "."  # folder that the image paths of the records are relative to
-    max_length: int = 2048  # tokens of a sample, image features included; longer ones end after an earlier answer
+    image_root: str = "."  # folder that the paths of images and videos in the records are relative to
+    max_length: int | None = None  # tokens of a sample, features included; longer ones are cut; null: 2048 at most
     system: str | None = None  # text of the system turn; null: no system turn
     on_bad_image: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or its record is left out
     num_workers: int = 0  # processes that load images; does not change the order of the samples
@@ -91,6 +104,8 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: its moments in 8 bits, by bitsandbytes
     lora_lr: float = 3e-5  # peak learning rate of the LoRA weights
     projector_lr: float = 1e-4  # peak learning rate of the projector
+    decoder_lr: float = 2e-5  # peak learning rate of the decoder, with model.tune=decoder or all
+    encoder_lr: float = 2e-6  # peak learning rate of the encoder, with model.tune=all
     lr_scheduler_type: str = "linear"  # any schedule of transformers: linear, cosine, constant_with_warmup, ...
     warmup_steps: float = 0.0  # steps of linear warm-up; below 1: share of all steps
     weight_decay: float = 0.0  # AdamW, on matrices; biases and norms have none
@@ -99,6 +114,8 @@ class TrainConfig:
     adam_epsilon: float = 1e-8  # AdamW, added to the root of the second moment
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not clipped
     bf16: bool = False  # bfloat16 autocast, on CPU and GPU
+    fp16: bool = False  # float16 autocast with a scaled loss, on a GPU; without one the run is in float32
+    deepspeed: str | None = None  # settings file of DeepSpeed (configs/deepspeed_zero2.json), for torchrun on GPUs
     gradient_checkpointing: bool = False  # recompute decoder activations in the backward pass: less memory, more time
     logging_steps: int = 10  # optimizer steps between log lines
     eval_steps: int = 500  # optimizer steps between validations
@@ -113,6 +130,16 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+
+# Other names of keys, as scripts of transformers have them. One name may set several keys.
+ALIASES = {
+    "train_file": ("data.train",),
+    "validation_file": ("data.validation",),
+    "data_dir": ("data.image_root",),
+    "pretrained_text_model": ("model.decoder",),
+    "pretrained_vision_model": ("model.encoder.path",),
+    "learning_rate": ("train.lora_lr", "train.decoder_lr"),
+}
 
 # A resumed run may differ in these: none of them touches the sequence of weights.
 FREE_KEYS = {"data.num_workers", "train.output_dir", "train.overwrite", "train.report_to", "train.save_total_limit"}
@@ -167,17 +194,27 @@ def parse_arguments(argv: list[str], schema: type = Config) -> tuple[str | None,
         if not equals:
             if not argument.startswith("--"):
                 raise ConfigError(f"argument {argument!r} is neither key=value nor --key value")
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"{argument} needs a value, as in {argument} true")
-            text = rest.pop(0)
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif key != "config" and all(leaves(schema)[path] is bool for path in resolve_keys(key, schema)):
+                text = "true"
+            else:
+                raise ConfigError(f"{argument} needs a value")
         if key == "config":
             if config_file is not None:
                 raise ConfigError("--config is given twice; let one file extend the other with a `base:` line")
             config_file = text
         else:
-            path = resolve_key(key, "command line", schema)
-            overrides.append(("command line", {path: parse_text(text, leaves(schema)[path])}))
+            paths = resolve_keys(key, schema)
+            overrides.append(("command line", {path: parse_text(text, leaves(schema)[path]) for path in paths}))
     return config_file, overrides
+
+
+def resolve_keys(key: str, schema: type = Config) -> tuple[str, ...]:
+    """Dotted paths that a key of the command line stands for: one, or those of an alias."""
+    if schema is Config and key in ALIASES:
+        return ALIASES[key]
+    return (resolve_key(key, "command line", schema),)
 
 
 def resolve_key(key: str, source: str, schema: type = Config) -> str:
@@ -291,9 +328,26 @@ def finish(merged: Any, schema: type = Config) -> Any:
     for key in AT_LEAST_ONE if schema is Config else ():
         if OmegaConf.select(merged, key) < 1:
             raise ConfigError(f"{key} must be at least 1, got {OmegaConf.select(merged, key)}")
-    if schema is Config and config.model.lora.r < 0:
-        raise ConfigError(f"model.lora.r must be a rank, or 0 for no adapter, got {config.model.lora.r}")
+    if schema is Config:
+        check_values(config)
     return config
+
+
+def check_values(config: Config) -> None:
+    """Raises ConfigError for values that exclude each other or have no meaning."""
+    m, t = config.model, config.train
+    if m.lora.r < 1:
+        raise ConfigError(f"model.lora.r is a rank, at least 1, got {m.lora.r}; model.tune=projector has no adapter")
+    if m.tune in ("decoder", "all"):
+        frozen = {"model.dtype": m.dtype, "model.encoder.dtype": m.encoder.dtype if m.tune == "all" else "float32"}
+        for key, dtype in frozen.items():
+            if dtype != "float32":
+                raise ConfigError(f"model.tune={m.tune} trains these weights: {key} must be float32, got {dtype}; "
+                                  "train.bf16=true computes in bfloat16 nonetheless")  # fmt: skip
+        if m.quantization != "none":
+            raise ConfigError(f"model.tune={m.tune} trains the decoder, which can't be quantized ({m.quantization})")
+    if t.bf16 and t.fp16:
+        raise ConfigError("train.bf16 and train.fp16 exclude each other")
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -332,6 +386,9 @@ def help_text(schema: type = Config) -> str:
     for key, comment in comments(schema).items():
         default = "(required)" if defaults[key] == MISSING else "null" if defaults[key] is None else defaults[key]
         lines.append(f"{key} = {default}\n    {comment}")
+    if schema is Config:
+        lines += ["", "Other names, on the command line:"]
+        lines += [f"--{name}: {' and '.join(keys)}" for name, keys in ALIASES.items()]
     return "\n".join(lines)
 
 

@@ -1,18 +1,19 @@
-"""Greedy answers on a set of records and how often they are right: with the real images, blind, and with other images.
+"""Greedy answers on records and how often they are right: with the real pictures and clips, blind, with other ones.
 
     python evaluate.py --checkpoint_path outputs/run --data test.parquet --image_root data --output report.json
 
 The last turn of each record, an assistant turn, is predicted; all turns before it are given as they are. An answer is
 right if it equals the record's after both are normalised: case, runs of white space and full stops at the end are
-ignored (`normalise`). Three conditions tell whether the model looks:
+ignored (`normalise`). The conditions tell whether the model looks:
 
-    real       the record's own images
+    real       the record's own images and clips
     blind      feature vectors of zeros
-    shuffled   each image replaced by another one of the set, never by itself, the same in all records that show it
+    shuffled   each image or clip replaced by another one of the set, never by itself, the same in all records
+    reordered  only where all records show clips: their frames in a random order, never the real one
 
 The report gives accuracy per condition, over all and by every key of the records' `meta` (`type`, `language`, ...).
 `majority` is what the most frequent answer of a group would reach, `real_interval` the 95 % Wilson interval of `real`,
-and `looks` holds the gaps real - blind and real - shuffled with 95 % intervals from a bootstrap over images.
+and `looks` holds the gaps between real and the others with 95 % intervals from a bootstrap over images.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +33,14 @@ import torch
 from tqdm.auto import tqdm
 
 from dataset.record import read_records
-from dataset.template import encode_prompt
+from dataset.template import encode_prompt, media_of
 from inference import GREEDY, add_model_arguments, load_model
 from model import MultiModalModel
-from visual import load_image
+from visual.media import Views
 
-CONDITIONS = ("real", "blind", "shuffled")
-FEATURE_BYTES = 2**30  # features held at a time; more images than fit are worked off in chunks
-ENCODE_BATCH = 32  # images that go through the encoder at once
+CONDITIONS = ("real", "blind", "shuffled", "reordered")
+FEATURE_BYTES = 2**30  # features held at a time; more media than fit are worked off in chunks
+ENCODE_BATCH = 32  # images or clips that go through the encoder at once
 MOST_GROUPS = 32  # a meta key with more different values than this is an identifier, not a group
 
 
@@ -48,7 +50,7 @@ def evaluate(
     image_root: str | Path,
     *,
     system: str | None = None,
-    conditions: Sequence[str] = CONDITIONS,
+    conditions: Sequence[str] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 16,
     seed: int = 0,
@@ -61,33 +63,41 @@ def evaluate(
         records: validated records that end in an assistant turn.
         image_root: folder that the records' image paths are relative to.
         system: text of the system turn where a record has none; None for no system turn.
-        conditions: any of `CONDITIONS`.
+        conditions: any of `CONDITIONS`; None: those that the records allow.
         batch_size: questions per call of `generate`.
         max_new_tokens: longest answer.
-        seed: of the order in which images replace each other.
+        seed: of the order in which media replace each other, and of the order of frames.
         predictions_file: JSON lines `{"id", "answer", "real", "blind", "shuffled", ...}`, one per record.
 
     Raises:
-        ValueError: no records, a record that does not end in an assistant turn, or `shuffled` with only one image.
+        ValueError: no records, a record that does not end in an assistant turn, `shuffled` with only one image, or
+            `reordered` with a record without a clip.
     """
     start = time.perf_counter()
     model.eval()
-    questions = [make_question(record, model, system) for record in records]
+    questions = [make_question(record) for record in records]
     if not questions:
         raise ValueError("no records to evaluate")
+    without = [q["id"] for q in questions if all(kind != "video" for kind, _ in q["media"])]
+    if conditions is None:
+        conditions = CONDITIONS[:3] if without else CONDITIONS
+    if "reordered" in conditions and without:
+        raise ValueError(f"record {without[0]!r} shows no clip; leave the condition 'reordered' out")
     substitute = substitutes(questions, seed) if "shuffled" in conditions else {}
     seconds = {"encode": 0.0, **{condition: 0.0 for condition in conditions}}
     bar = tqdm(total=len(questions) * len(conditions), desc="evaluating", unit="answer", disable=None)
-    for chunk in chunks(questions, seed, features_per_chunk(model)):
+    clips = any(kind == "video" for q in questions for kind, _ in q["media"])
+    for chunk in chunks(questions, seed, media_per_chunk(model, clips)):
         lap = time.perf_counter()
-        shown = {image for q in chunk for image in q["images"]}
-        features = encode(model, sorted(shown | {substitute[image] for image in shown if substitute}), image_root)
+        shown = {medium for q in chunk for medium in q["media"]}
+        features = encode(model, sorted(shown | {substitute[medium] for medium in shown if substitute}), image_root)
         seconds["encode"] += time.perf_counter() - lap
         for condition in conditions:
             lap = time.perf_counter()
             for batch in batches(chunk, batch_size):
-                rows = [features_of(q, condition, features, substitute) for q in batch]
-                for q, answer in zip(batch, answer_batch(model, batch, rows, max_new_tokens), strict=True):
+                rows = [features_of(q, condition, features, substitute, seed) for q in batch]
+                answers = answer_batch(model, batch, rows, max_new_tokens, system)
+                for q, answer in zip(batch, answers, strict=True):
                     q[condition] = answer
                 bar.update(len(batch))
             seconds[condition] += time.perf_counter() - lap
@@ -99,89 +109,118 @@ def evaluate(
     return report
 
 
-def make_question(record: dict, model: MultiModalModel, system: str | None) -> dict:
-    """The record's prompt as ids, the answer that is right, its images and `meta`."""
+def make_question(record: dict) -> dict:
+    """The turns of the prompt, the answer that is right, the record's media in the order of the text, and `meta`."""
     if record["messages"][-1]["role"] != "assistant" or len(record["messages"]) < 2:
         raise ValueError(f"record {record['id']!r} has no assistant turn at its end, hence nothing to compare with")
-    prompt = encode_prompt(record["messages"][:-1], model.tokenizer, model.encoder.num_features, system=system)
-    answer = record["messages"][-1]["content"]
-    return {"id": record["id"], "prompt": prompt, "answer": answer, "images": record["images"], "meta": record["meta"]}
+    turns, answer = record["messages"][:-1], record["messages"][-1]["content"]
+    return {"id": record["id"], "turns": turns, "answer": answer, "media": media_of(record), "meta": record["meta"]}
 
 
-def image_order(questions: list[dict], seed: int) -> list[str]:
-    """All different images in an order that depends on `seed` alone."""
-    images = sorted({image for q in questions for image in q["images"]})
-    random.Random(seed).shuffle(images)
-    return images
+def media_order(questions: list[dict], seed: int) -> list[tuple[str, str]]:
+    """All different (kind, path) in an order that depends on `seed` alone."""
+    media = sorted({medium for q in questions for medium in q["media"]})
+    random.Random(seed).shuffle(media)
+    return media
 
 
-def substitutes(questions: list[dict], seed: int) -> dict[str, str]:
-    """Image -> the image that replaces it: the next in a random circle, hence never itself.
+def substitutes(questions: list[dict], seed: int) -> dict[tuple[str, str], tuple[str, str]]:
+    """Image -> the image that replaces it, clip -> clip: the next in a random circle, hence never itself.
 
     Raises:
-        ValueError: there is only one image.
+        ValueError: there is only one image, or only one clip.
     """
-    images = image_order(questions, seed)
-    if len(images) == 1:
-        raise ValueError(f"all records show {images[0]}; the condition 'shuffled' needs a second image")
-    return dict(zip(images, images[1:] + images[:1], strict=True))
+    found = {}
+    for kind in ("image", "video"):
+        media = [medium for medium in media_order(questions, seed) if medium[0] == kind]
+        if len(media) == 1:
+            raise ValueError(f"all records show {media[0][1]}; the condition 'shuffled' needs a second {kind}")
+        found.update(zip(media, media[1:] + media[:1], strict=True))
+    return found
 
 
-def features_per_chunk(model: MultiModalModel) -> int:
-    """Images whose features `[n, H]` fit in `FEATURE_BYTES`."""
+def media_per_chunk(model: MultiModalModel, clips: bool) -> int:
+    """Media whose features `[n, H]` fit in `FEATURE_BYTES`, if all were as large as the larger kind."""
     embeddings = model.language_model.get_input_embeddings().weight
-    return max(1, FEATURE_BYTES // (model.encoder.num_features * embeddings.shape[1] * embeddings.element_size()))
+    most = model.media.num_features * (1 + model.media.spec["max_tiles"])
+    if clips:
+        most = max(most, model.media.frame_features * model.media.spec["frames"])
+    return max(1, FEATURE_BYTES // (most * embeddings.shape[1] * embeddings.element_size()))
 
 
-def chunks(questions: list[dict], seed: int, most_images: int) -> Iterable[list[dict]]:
-    """Questions about the same images together, and images beside their substitutes, so that each is encoded once."""
-    position = {image: i for i, image in enumerate(image_order(questions, seed))}
-    ordered = sorted(questions, key=lambda q: min((position[image] for image in q["images"]), default=-1))
-    chunk, images = [], set()
+def chunks(questions: list[dict], seed: int, most_media: int) -> Iterable[list[dict]]:
+    """Runs of questions that need at most `most_media` media, their replacements included; one with more is alone."""
+    place = {medium: i for i, medium in enumerate(media_order(questions, seed))}
+    ordered = sorted(questions, key=lambda q: min((place[medium] for medium in q["media"]), default=-1))
+    chunk, shown = [], set()
     for q in ordered:
-        if chunk and len(images.union(q["images"])) > most_images // 2:  # substitutes take the other half
+        if chunk and 2 * len(shown | set(q["media"])) > most_media:
             yield chunk
-            chunk, images = [], set()
+            chunk, shown = [], set()
         chunk.append(q)
-        images.update(q["images"])
+        shown |= set(q["media"])
     yield chunk
 
 
 def batches(questions: list[dict], size: int) -> list[list[dict]]:
     """Batches of prompts of similar length, which need little padding."""
-    ordered = sorted(questions, key=lambda q: len(q["prompt"]))
+    ordered = sorted(questions, key=lambda q: (len(q["media"]), sum(len(turn["content"]) for turn in q["turns"])))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 @torch.inference_mode()
-def encode(model: MultiModalModel, images: list[str], image_root: str | Path) -> dict[str, torch.Tensor]:
-    """Image path -> features `[n, H]`."""
+def encode(model: MultiModalModel, media: list[tuple[str, str]], root: str | Path) -> dict[tuple, list[torch.Tensor]]:
+    """(kind, path) -> features of each of its views, `[n, H]`."""
     features = {}
-    for start in range(0, len(images), ENCODE_BATCH):
-        paths = images[start : start + ENCODE_BATCH]
-        pixel_values = model.encoder.preprocess([load_image(Path(image_root, path)) for path in paths])
-        encoded = model.encode_images(pixel_values.to(model.device))  # [len(paths) * n, H]
-        features.update(zip(paths, encoded.unflatten(0, (len(paths), -1)), strict=True))
+    for start in range(0, len(media), ENCODE_BATCH):
+        part = media[start : start + ENCODE_BATCH]
+        views = [load_views(model, kind, Path(root, path)) for kind, path in part]
+        counts = [count for one in views for count in one.features]
+        pixel_values = torch.cat([one.pixel_values for one in views])
+        encoded = iter(model.encode_images(pixel_values.to(model.device), counts).split(counts))
+        for medium, one in zip(part, views, strict=True):
+            features[medium] = list(islice(encoded, len(one.features)))
     return features
 
 
-def features_of(q: dict, condition: str, features: dict[str, torch.Tensor], substitute: dict[str, str]) -> list:
-    """Features `[n, H]` of each image of a question under a condition."""
-    if condition == "shuffled":
-        return [features[substitute[image]] for image in q["images"]]
-    own = [features[image] for image in q["images"]]
-    return [torch.zeros_like(feature) for feature in own] if condition == "blind" else own
+def load_views(model: MultiModalModel, kind: str, path: Path) -> Views:
+    return model.media.load_image(path) if kind == "image" else model.media.load_video(path)
+
+
+def features_of(q: dict, condition: str, features: dict, substitute: dict, seed: int) -> list[torch.Tensor]:
+    """Features `[n, H]` of each image and clip of a question under a condition."""
+    found = []
+    for medium in q["media"]:
+        views = features[substitute[medium] if condition == "shuffled" else medium]
+        if condition == "reordered" and medium[0] == "video":
+            views = reordered(views, f"{seed} {q['id']}")
+        elif condition == "blind":
+            views = [torch.zeros_like(view) for view in views]
+        found.append(torch.cat(views))
+    return found
+
+
+def reordered(views: list, seed: str) -> list:
+    """The views in a random order that is not theirs, if there is another."""
+    order = list(range(len(views)))
+    while len(order) > 1 and order == sorted(order):
+        random.Random(seed).shuffle(order)
+        seed += "+"
+    return [views[index] for index in order]
 
 
 @torch.inference_mode()
-def answer_batch(model: MultiModalModel, batch: list[dict], features: list[list], max_new_tokens: int) -> list[str]:
-    """Greedy answers to prompts with features `[n, H]` of their images."""
+def answer_batch(
+    model: MultiModalModel, batch: list[dict], features: list[list], max_new_tokens: int, system: str | None
+) -> list[str]:
+    """Greedy answers to prompts with features `[n, H]` of their images and clips."""
     flat = [feature for row in features for feature in row]
+    prompts = [
+        encode_prompt(q["turns"], model.tokenizer, [len(one) for one in row], system)
+        for q, row in zip(batch, features, strict=True)
+    ]
     ids = model.generate(
-        [q["prompt"] for q in batch],
-        features=torch.cat(flat) if flat else None,
-        max_new_tokens=max_new_tokens,
-        **GREEDY,
+        prompts, features=torch.cat(flat) if flat else None, max_new_tokens=max_new_tokens, **GREEDY
     )
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -236,10 +275,10 @@ def wilson(successes: int, n: int, z: float = 1.96) -> list[float]:
 
 def gaps(questions: list[dict], right: dict[str, np.ndarray], draws: int = 1000) -> dict:
     """Accuracy lost without the images. Questions about one image aren't independent: whole images are resampled."""
-    cluster = {image: i for i, image in enumerate(dict.fromkeys(str(q["images"]) for q in questions))}
-    index = np.array([cluster[str(q["images"])] for q in questions])
+    cluster = {media: i for i, media in enumerate(dict.fromkeys(str(q["media"]) for q in questions))}
+    index = np.array([cluster[str(q["media"])] for q in questions])
     counts, found = np.bincount(index), {}
-    for other in ("blind", "shuffled"):
+    for other in CONDITIONS[1:]:
         if other in right:
             difference = right["real"].astype(float) - right[other]
             sums, random_state = np.bincount(index, difference), np.random.default_rng(0)
@@ -269,8 +308,11 @@ def format_report(report: dict) -> str:
 
 
 def write_predictions(questions: list[dict], conditions: Sequence[str], path: str | Path) -> None:
-    keys = ("id", "images", "meta", "answer", *conditions)
-    lines = [json.dumps({key: q[key] for key in keys}, ensure_ascii=False) for q in questions]
+    keys = ("id", "images", "videos", "meta", "answer", *conditions)
+    lines = []
+    for q in questions:
+        paths = {f"{kind}s": [path for of, path in q["media"] if of == kind] for kind in ("image", "video")}
+        lines.append(json.dumps({key: (q | paths)[key] for key in keys}, ensure_ascii=False))
     write_text("\n".join(lines) + "\n", path)
 
 
@@ -289,7 +331,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first records")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=16)
-    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS)
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, help="default: all that fit the data")
     parser.add_argument("--seed", type=int, default=0, help="of the images that replace each other")
     parser.add_argument("--output", help="JSON file for the report")
     parser.add_argument("--predictions", help="JSONL file for all answers")

@@ -3,27 +3,27 @@
     python export.py --checkpoint_path outputs/run --format llava --output exported
 
     llava       the whole model as LlavaForConditionalGeneration of transformers, the layout of LLaVA-1.5
-    qwen2       the language model alone as Qwen2ForCausalLM
-    merged      a checkpoint without adapter that holds its decoder, in Qwen-1's published format, and a CLIP or
-                SigLIP encoder; encoders of open_clip and timm stay where they are
+    qwen2       of a model with a Qwen-1, the language model alone as Qwen2ForCausalLM
+    merged      a checkpoint without adapter that holds its decoder, in the format in which it was published (decoder/,
+                which transformers reads unless it is a Qwen-1), and a CLIP or SigLIP encoder; encoders of open_clip
+                and timm stay where they are
     checkpoint  a checkpoint as train.py writes it, from one of the first system or one whose frozen weights have moved
 
 LoRA is merged in all but the last; a quantized decoder is loaded unquantized for that. --dtype is that of the written
-weights, by default the decoder's. Nothing is written of a model that can't be had in the format.
+weights, by default the decoder's. What was written is read again and compared with the model; nothing is left of what
+can't be had in the format.
 """
 
 import argparse
 import errno
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from inference import add_model_arguments, load_model
 from model import MultiModalModel
-from model.export import export_merged, export_qwen2
+from model.export import export_merged, export_qwen2, longest_text, new_folder
 from model.export_llava import export_llava
+from qwen import QWenConfig
 
 WRITE_ERRORS = (errno.EACCES, errno.EFBIG, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 KANJIAN_CODE = """\
@@ -39,27 +39,6 @@ generate = pipeline("text-generation", {path!r})""",
 from transformers import pipeline
 generate = pipeline("image-text-to-text", {path!r})""",
 }
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its name at the end, or disappears after an error.
-
-    Raises:
-        ValueError: there is something at `path`, other than an empty folder.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"--output {path} exists and is no empty folder; name a new one or empty it")
-    staged = path.with_name(f".{path.name}.exporting")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        yield staged
-        if path.exists():
-            path.rmdir()
-        staged.rename(path)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def export(model: MultiModalModel, folder: Path, arguments: argparse.Namespace, system: str | None) -> None:
@@ -81,10 +60,14 @@ def describe(arguments: argparse.Namespace, model: MultiModalModel) -> str:
     config, dtype = model.language_model.config, str(model.language_model.dtype).removeprefix("torch.")
     if arguments.format == "llava" and dtype != "float32":
         lines.append(f"All weights are {dtype}; those that were float32 are rounded, the projector's among them.")
-    if arguments.format in ("qwen2", "llava"):
-        limit = f"texts of up to {config.seq_length} tokens; Qwen-1's extrapolation beyond is left out."
+    if arguments.format in ("qwen2", "llava") and isinstance(config, QWenConfig):
+        limit = f"texts of up to {longest_text(config)} tokens; Qwen-1's extrapolation beyond is left out."
         equal = "equal" if dtype == "float32" else f"agree with, but for {dtype} rounding at other places,"
         lines.append(f"Its logits {equal} the model's for {limit}")
+    if arguments.format == "llava":
+        lines.append("A clip is given to it as the images of its frames.")
+        if model.tokenizer.begin_ids:
+            lines.append("The chat template begins prompts; encode its text with add_special_tokens=False.")
     lines += [f"{output}, in Python:", "", CODE[arguments.format].format(path=str(output))]
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
-"""Answers questions about pictures, once or in a conversation.
+"""Answers questions about pictures and clips, once or in a conversation.
 
     python inference.py --checkpoint_path outputs/run --image cat.jpg --text "What is this?"
     python inference.py --checkpoint_path outputs/run --image a.jpg b.jpg --text "What differs?" --num_beams 4
-    python inference.py --checkpoint_path outputs/run                      conversation; /image /clear /quit, Ctrl-D
+    python inference.py --checkpoint_path outputs/run --video clip.mp4 --text "What happens?" --do_sample
+    python inference.py --checkpoint_path outputs/run               conversation; /image /video /clear /quit, Ctrl-D
 
 An adapter of the first system (a folder with other_params.bin) does not say where its frozen weights lie:
 
@@ -14,6 +15,7 @@ The answer appears token by token, except with --num_beams above 1, where it is 
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,15 +23,18 @@ from transformers import TextStreamer
 
 from dataset.template import encode_prompt
 from model import MultiModalModel
-from visual import load_image
+from visual.media import Views
 
 # In place of the decoder's own settings of the same names, such as Qwen-7B-Chat's sampling with top_p 0.8.
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0}
-CHAT_HELP = "/image PATH [PATH ...] adds pictures to the next question, /clear forgets everything, /quit or Ctrl-D ends"
+CHAT_HELP = (
+    "/image PATH [PATH ...] and /video PATH [PATH ...] add pictures and clips to the next question, /clear forgets "
+    "everything, /quit or Ctrl-D ends"
+)
 
 
 class Chat:
-    """A conversation with a model: turns so far, their pictures, and pictures waiting for the next question.
+    """A conversation with a model: turns so far, their pictures and clips, and those waiting for the next question.
 
     Args:
         system: text of the system turn, or None for none.
@@ -42,10 +47,10 @@ class Chat:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets turns and pictures."""
+        """Forgets turns, pictures and clips."""
         self.messages: list[dict[str, str]] = []
-        self.features: list[torch.Tensor] = []  # of the turns so far, each [n, H]
-        self.waiting = 0  # pictures that the next question will show, the last ones of `features`
+        self.features: list[torch.Tensor] = []  # of each picture and clip so far, [n, H]
+        self.waiting: list[str] = []  # "image" or "video" of each that the next question will show, the last `features`
 
     def add_image(self, path: str | Path) -> None:
         """Shows a picture with the next question.
@@ -53,21 +58,29 @@ class Chat:
         Raises:
             FileNotFoundError, ValueError: the file is missing or can't be read as an image; names it.
         """
-        pixel_values = self.model.encoder.preprocess([load_image(path)])  # [1, 3, H, W]
+        self._add("image", self.model.media.load_image(path))
+
+    def add_video(self, path: str | Path) -> None:
+        """Shows a clip with the next question; raises what `add_image` raises."""
+        self._add("video", self.model.media.load_video(path))
+
+    def _add(self, kind: str, views: Views) -> None:
         with torch.no_grad():
-            self.features.append(self.model.encode_images(pixel_values.to(self.model.device)))  # [n, H]
-        self.waiting += 1
+            self.features.append(
+                self.model.encode_images(views.pixel_values.to(self.model.device), views.features)  # [n, H]
+            )
+        self.waiting.append(kind)
 
     def ask(self, text: str, stream: bool = True) -> str:
         """The model's answer to `text`, written to standard output as it comes if `stream`.
 
         `text` is plain text: nothing in it is read as a placeholder or another control token.
         """
-        content = [part for _ in range(self.waiting) for part in ({"type": "image"}, {"type": "text", "text": "\n"})]
+        content = [part for kind in self.waiting for part in ({"type": kind}, {"type": "text", "text": "\n"})]
         content.append({"type": "text", "text": text})
         messages = [*self.messages, {"role": "user", "content": content}]
         tokenizer = self.model.tokenizer
-        prompt = encode_prompt(messages, tokenizer, self.model.encoder.num_features, self.system)
+        prompt = encode_prompt(messages, tokenizer, [len(one) for one in self.features], self.system)
         streamer = None
         if stream and self.generation["num_beams"] == 1:
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -81,7 +94,7 @@ class Chat:
         if stream and streamer is None:
             print(answer, flush=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
-        self.waiting = 0
+        self.waiting = []
         return answer
 
 
@@ -99,19 +112,19 @@ def converse(chat: Chat) -> None:
             return
         if command == "/clear":
             chat.clear()
-        elif command == "/image":
-            add_images(chat, shlex.split(rest[0]) if rest else [])
+        elif command in ("/image", "/video"):
+            add_files(chat.add_image if command == "/image" else chat.add_video, shlex.split(rest[0]) if rest else [])
         elif command.startswith("/"):
             print(f"unknown command {command}; {CHAT_HELP}")
         elif line:
             chat.ask(line)
 
 
-def add_images(chat: Chat, paths: list[str]) -> None:
-    """Adds pictures; says what is wrong with a file instead of ending the conversation."""
+def add_files(add: Callable[[str], None], paths: list[str]) -> None:
+    """Adds files; says what is wrong with one instead of ending the conversation."""
     for path in paths:
         try:
-            chat.add_image(path)
+            add(path)
         except (OSError, ValueError) as error:
             print(error)
 
@@ -173,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--image", nargs="+", default=[], help="pictures, placed before the text")
+    parser.add_argument("--video", nargs="+", default=[], help="clips, placed before the text, after the pictures")
     parser.add_argument("--text", help="the question; without it a conversation begins")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--num_beams", type=int, default=1)
@@ -185,6 +199,8 @@ def main() -> None:
     chat = Chat(model, system, **{name: getattr(arguments, name) for name in names})
     for path in arguments.image:
         chat.add_image(path)
+    for path in arguments.video:
+        chat.add_video(path)
     if arguments.text is not None:
         chat.ask(arguments.text)
     else:

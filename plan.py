@@ -10,19 +10,15 @@ read. The figures come from a step of the real modules on fake tensors, see `mod
 import argparse
 import copy
 import math
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from config import Config, ConfigError, ModelConfig, load_config
+from build import build_empty_model, max_length
+from config import Config, ConfigError, load_config
 from model import MultiModalModel
-from model.decoder import decoder_config
-from model.lora import add_lora
 from model.memory import (
-    UNPADDED,
     StepMemory,
     fake_weights,
     loss_memory,
@@ -30,11 +26,7 @@ from model.memory import (
     step_memory,
     validation_memory,
 )
-from model.projector import build_projector
 from model.table import model_parts, text_table
-from qwen import MultimodalQWenLMHeadModel
-from visual import build_encoder
-from visual.weights import is_local
 
 GIB = 2**30
 RESERVED = GIB  # of a GPU: CUDA context and workspaces of cuBLAS and NCCL, which are no tensors
@@ -115,54 +107,6 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-# The model, as shapes
-
-
-def build_empty_model(config: ModelConfig) -> MultiModalModel:
-    """The model of `train.py` on the meta device, not quantized.
-
-    Raises:
-        ConfigError: a `config.json` that isn't at hand or describes another architecture, or LoRA targets that the
-            decoder doesn't have.
-    """
-    e, p, lora = config.encoder, config.projector, config.lora
-    _check_folder("model.decoder", config.decoder)
-    if e.kind in ("clip", "siglip"):
-        _check_folder("model.encoder.path", e.path)
-    with _errors_name("model.decoder"), torch.device("meta"):
-        shape = decoder_config(config.decoder)
-        decoder = MultimodalQWenLMHeadModel._from_config(shape, dtype=getattr(torch, config.dtype))
-    with _errors_name("model.encoder.path"), torch.device("meta"):
-        encoder = build_encoder(**asdict(e), load_weights=False)
-    with _errors_name("model.lora"), torch.device("meta"):
-        if lora.r > 0:
-            decoder = add_lora(decoder, lora.r, lora.alpha, lora.dropout, lora.targets)
-        projector = build_projector(
-            p.kind,
-            encoder.width,
-            shape.hidden_size,
-            num_features=encoder.num_features,
-            position_embedding=p.position_embedding,
-        )
-    model = MultiModalModel(encoder, projector, decoder, placeholder_id=0)
-    model.language_model.config._attn_implementation = "eager" if config.attn_implementation == "eager" else UNPADDED
-    return model
-
-
-@contextmanager
-def _errors_name(key: str):
-    """Libraries' errors about what `key` names, as one line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
-
-
-def _check_folder(key: str, path: str) -> None:
-    if (is_local(path) or Path(path).exists()) and not Path(path, "config.json").is_file():
-        raise ConfigError(f"{key}: there is no {path}/config.json; the plan reads that file and nothing else of it")
-
-
 # Figures
 
 
@@ -178,7 +122,7 @@ def make_plan(
     Raises:
         ConfigError: samples of `data.max_length` have no room for a picture.
     """
-    c, length, n = config.train, config.data.max_length, model.encoder.num_features
+    c, length, n = config.train, max_length(config, model), model.media.num_features
     if length <= n:
         raise ConfigError(f"data.max_length is {length}, but a picture alone takes {n} tokens; raise it")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -255,30 +199,30 @@ def report(config: Config, gpu_memory: float | None = None, gpus: int | None = N
 
 
 def _assumptions(config: Config, model: MultiModalModel) -> str:
-    c, length = config.train, config.data.max_length
+    c, length = config.train, max_length(config, model)
     lines = [
         f"Assumed, as the worst case: samples of {length:,} tokens (data.max_length), each with one picture of "
-        f"{model.encoder.num_features} features, all other",
+        f"{model.media.num_features} features, all other",
         f"tokens supervised. Samples per micro-batch: {c.per_device_train_batch_size}; micro-batches per optimizer "
         f"step: {c.gradient_accumulation_steps}; {'bfloat16' if c.bf16 else 'no'} autocast; "
-        f"{config.model.attn_implementation} attention.",
+        f"{config.model.attn_implementation or 'sdpa'} attention.",
     ]
     if config.data.validation:
         lines.append(f"Validation between the steps: {c.per_device_eval_batch_size} such samples at a time.")
-    if config.model.attn_implementation == "sdpa":
+    if config.model.attn_implementation in (None, "sdpa"):
         layers, batch = model.language_model.config.num_hidden_layers, c.per_device_train_batch_size
         masks = {"": (batch, layers), " with checkpointing": (batch, 1)}
         if config.data.validation:
             masks[" in validation"] = (c.per_device_eval_batch_size, 1)
-        costs = [f"{_mask_bytes(config, *of) / GIB:.2f} GiB{where}" for where, of in masks.items() if of[0] > 1]
+        costs = [f"{_mask_bytes(config, length, *of) / GIB:.2f} GiB{where}" for where, of in masks.items() if of[0] > 1]
         lines += [f"Padding in a batch costs more, for masks: {', '.join(costs)}."] if costs else []
     return "\n".join(lines)
 
 
-def _mask_bytes(config: Config, batch: int, layers: int) -> int:
+def _mask_bytes(config: Config, length: int, batch: int, layers: int) -> int:
     """The boolean mask `[B, 1, T, T]` and its copies in the dtype of the queries, one of each layer that keeps it."""
     size = 2 if config.train.bf16 else getattr(torch, config.model.dtype).itemsize
-    return batch * config.data.max_length**2 * (1 + size * layers)
+    return batch * length**2 * (1 + size * layers)
 
 
 def _counts(parameters: list[nn.Parameter]) -> tuple[int, int, str]:

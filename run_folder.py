@@ -13,7 +13,15 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 from config import Config, config_differences, save_config
-from model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, PROJECTOR_FILE, SPEC_FILE
+from model.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    DECODER_FOLDER,
+    ENCODER_FILE,
+    PROJECTOR_FILE,
+    ROWS_FILE,
+    SPEC_FILE,
+)
 
 UNFINISHED = ".unfinished"
 PROGRESS = "progress.json"  # in a checkpoint: what resuming needs beside the Trainer's own files
@@ -72,8 +80,13 @@ def _check_not_needed(folder: Path, start: str | None) -> None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints from oldest to newest, those left out that lack a file that resuming needs."""
-    needed = (TRAINER_STATE_NAME, PROGRESS, "optimizer.pt", "scheduler.pt", SPEC_FILE, CONFIG_FILE)
-    complete = [path for path in checkpoint_folders(folder) if all((path / name).exists() for name in needed)]
+    needed = (TRAINER_STATE_NAME, PROGRESS, "scheduler.pt", SPEC_FILE, CONFIG_FILE)
+    optimizers = ("optimizer.pt", "latest")  # the latter names the folder of DeepSpeed's own state
+    complete = [
+        path
+        for path in checkpoint_folders(folder)
+        if all((path / name).exists() for name in needed) and any((path / name).exists() for name in optimizers)
+    ]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -85,5 +98,8 @@ def remove_run(folder: Path) -> None:
     """Deletes what a run writes into its output folder and nothing else."""
     for path in [folder / UNFINISHED, *checkpoint_folders(folder)]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (TRAINER_STATE_NAME, SPEC_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, PROJECTOR_FILE, CONFIG_FILE):
+    if (folder / SPEC_FILE).exists():  # which says that this folder of so plain a name is the run's
+        shutil.rmtree(folder / DECODER_FOLDER, ignore_errors=True)
+    weights = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, PROJECTOR_FILE, ENCODER_FILE, ROWS_FILE)
+    for name in (TRAINER_STATE_NAME, SPEC_FILE, *weights, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)

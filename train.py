@@ -1,4 +1,4 @@
-"""Trains the projector and the LoRA layers of a vision-language model.
+"""Trains a vision-language model: its projector, and LoRA layers or all of the decoder, as `model.tune` says.
 
     python train.py --config configs/qwen7b_siglip.yaml
     python train.py --config configs/qwen7b_siglip.yaml --train records/ --output_dir outputs/mine lora.r=64 --bf16 true
@@ -9,31 +9,21 @@
 The same command continues an interrupted run; `train.overwrite=true` starts over.
 """
 
-import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 from transformers.trainer_callback import TrainerState
 
-from config import Config, ConfigError, ModelConfig, load_config
+from build import build_model, load_dataset
+from config import Config, ConfigError, load_config
 from dataset.collator import Collator
-from dataset.dataset import RecordDataset
-from dataset.record import read_records
-from model import MultiModalModel
-from model.checkpoint import load_trained
-from model.decoder import load_decoder
-from model.lora import add_lora
 from model.optim import parameter_groups
-from model.projector import build_projector
 from model.table import module_table
-from qwen import QWenTokenizer
 from run_folder import RunError, resume_point
-from training import VLMTrainer, training_arguments
-from visual import build_encoder
-from visual.weights import check_place
+from training import VLMTrainer, learning_rates, training_arguments
 
 
 def main() -> None:
@@ -80,9 +70,11 @@ def train(config: Config) -> VLMTrainer:
         args=args,
     )
     if args.process_index == 0:
-        c = config.train
-        print(module_table(model, parameter_groups(model, c.lora_lr, c.projector_lr, c.weight_decay)))
-        print(f"Continuing from {checkpoint}" if checkpoint else f"Starting a new run in {c.output_dir}", flush=True)
+        print(module_table(model, parameter_groups(model, learning_rates(config), config.train.weight_decay)))
+        if config.train.fp16 and not torch.cuda.is_available():
+            print("train.fp16: float16 needs a GPU, and there is none here; this run computes in float32")
+        start = f"Starting a new run in {config.train.output_dir}"
+        print(f"Continuing from {checkpoint}" if checkpoint else start, flush=True)
     run(trainer, checkpoint)
     if skipped := trainer.train_dataset.skipped:
         print(f"{len(skipped)} records were left out because an image could not be read: {', '.join(skipped[:10])} ...")
@@ -98,67 +90,6 @@ def run(trainer: VLMTrainer, checkpoint: Path | None) -> None:
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.finish()
-
-
-def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> MultiModalModel:
-    """Frozen encoder and decoder from disk or hub, and between them projector and LoRA layers.
-
-    These two are fresh, or those of `config.checkpoint`.
-
-    Args:
-        device: where the decoder is loaded to; the rest follows when the Trainer places the model.
-
-    Raises:
-        ConfigError: a local folder that is not there.
-        ValueError: weights that are not complete, or an encoder or LoRA setting that does not fit them.
-    """
-    e, p, lora = config.encoder, config.projector, config.lora
-    places = {"model.decoder": config.decoder, "model.encoder.path": e.path}
-    if config.checkpoint:
-        places["model.checkpoint"] = os.path.abspath(config.checkpoint)  # never a hub id
-    for key, path in places.items():
-        try:
-            check_place(path)
-        except FileNotFoundError as error:
-            raise ConfigError(f"{key}: {error}") from error
-    encoder = build_encoder(**asdict(e))
-    tokenizer = QWenTokenizer.from_pretrained(config.decoder)
-    decoder = load_decoder(
-        config.decoder,
-        config.dtype,
-        quantization=config.quantization,
-        device=device,
-        attn_implementation=config.attn_implementation,
-    )
-    projector = build_projector(
-        p.kind,
-        encoder.width,
-        decoder.config.hidden_size,
-        num_features=encoder.num_features,
-        position_embedding=p.position_embedding,
-        init_std=p.init_std,
-    )
-    if lora.r > 0:
-        decoder = add_lora(decoder, lora.r, lora.alpha, lora.dropout, lora.targets)
-    model = MultiModalModel(encoder, projector, decoder, tokenizer.placeholder_id, tokenizer)
-    if config.checkpoint:
-        load_trained(model, config.checkpoint, keep_adapter=True)
-    return model
-
-
-def load_dataset(config: Config, files: list[str], model: MultiModalModel) -> RecordDataset:
-    """Samples of all record files, one after the other, as `config.data` says."""
-    c = config.data
-    return RecordDataset(
-        read_records(files),
-        model.tokenizer,
-        model.encoder.preprocess,
-        model.encoder.num_features,
-        c.image_root,
-        c.max_length,
-        system=c.system,
-        on_bad_image=c.on_bad_image,
-    )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class VLMTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             c = self.config.train
-            groups = parameter_groups(self.model, c.lora_lr, c.projector_lr, c.weight_decay)
+            groups = parameter_groups(self.model, learning_rates(self.config), c.weight_decay)
             options = {"betas": (c.adam_beta1, c.adam_beta2), "eps": c.adam_epsilon}
             if c.optimizer == "adamw_8bit":
                 self.optimizer = AdamW8bit(groups, **options)
@@ -296,6 +296,12 @@ class Speed:
         return {name: round(value, 3) for name, value in figures.items()}
 
 
+def learning_rates(config: Config) -> dict[str, float]:
+    """Peak learning rate of each part that can be trained."""
+    c = config.train
+    return {"lora": c.lora_lr, "projector": c.projector_lr, "decoder": c.decoder_lr, "encoder": c.encoder_lr}
+
+
 def training_arguments(config: Config) -> TrainingArguments:
     """Settings of the Trainer. Starts the process group under `torchrun`."""
     c = config.train
@@ -311,6 +317,8 @@ def training_arguments(config: Config) -> TrainingArguments:
         warmup_steps=c.warmup_steps,
         max_grad_norm=c.max_grad_norm,
         bf16=c.bf16,
+        fp16=c.fp16 and torch.cuda.is_available(),
+        deepspeed=c.deepspeed,
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=c.logging_steps,
         logging_nan_inf_filter=False,

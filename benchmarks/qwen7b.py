@@ -195,6 +195,7 @@ class Samples:
             "input_ids": ids,
             "labels": [IGNORE_INDEX] * unsupervised + ids[unsupervised:],
             "pixel_values": torch.randn(1, 3, *self.image_size, generator=generator),
+            "view_features": [self.num_features],
         }
 
 

@@ -1,18 +1,19 @@
 """Configuration of `process_image.py`: a YAML file and `key=value` overrides -> a checked `Config`.
 
     output: data/records       folder for train.parquet, validation.parquet and report.json
-    image_root: data           image paths are written relative to it; null: what the image folders have in common
-    validation: 0.02           share of the images that goes to validation.parquet with all their records; 0: none
-    seed: 0                    decides which images those are, and with `captions: one` which caption is kept
-    workers: 4                 threads that decode images; changes no result
+    image_root: data           paths of images and videos are written relative to it; null: what their folders share
+    validation: 0.02           share of images and videos that goes to validation.parquet with their records; 0: none
+    seed: 0                    decides which those are, and with `captions: one` which caption is kept
+    workers: 4                 threads that decode images and videos; changes no result
     sources:
       - format: llava          see `dataprocess.readers.FORMATS`
         annotations: detail_23k.json
-        images: train2017      folder that the file's image names are relative to
+        images: train2017      folder that the file's names of images and videos are relative to
         name: detail           first part of the ids of its records; default: stem of the annotation file
 
 Options of single formats: `captions` (all: a record per caption; one: one caption per image), `prompts` (questions
-that take turns), `splits` (parts of the file to read), `image_map`. Paths are relative to the working directory.
+that take turns), `splits` (parts of the file to read), `image_map`. A `table` of texts alone needs no `images`. Paths
+are relative to the working directory.
 
 Configurations that name their downloads by the keys in `OLD_KEYS` instead of a list of sources work too.
 """
@@ -123,8 +124,8 @@ def check_source(values: dict[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: unknown format {values.get('format')!r}{nearest(values.get('format'), FORMATS)}")
     options = FORMATS[values["format"]].options
     check_keys(values, ["format", "annotations", "images", "name", *options], f"{where} ({values['format']})")
-    required = ["annotations", "image_map"] if "image_map" in options else ["annotations", "images"]
-    for key in required:
+    second = {"image_map": ["image_map"], "table": []}.get(values["format"], ["images"])
+    for key in ("annotations", *second):
         if not values.get(key):
             raise ConfigError(f"{where} ({values['format']}): {key} is missing")
     if values.get("captions", "all") not in ("all", "one"):

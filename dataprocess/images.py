@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
@@ -19,11 +19,18 @@ class Checked(NamedTuple):
 
 
 def check_images(paths: Iterable[str], workers: int) -> dict[str, Checked]:
-    """Reads and decodes every image whole. Threads do: Pillow's decoders leave Python's lock to others."""
+    """Reads and decodes every image whole."""
+    return check_files(paths, check_image, workers, "images")
+
+
+def check_files(
+    paths: Iterable[str], check: Callable[[str], Checked], workers: int, what: str
+) -> dict[str, Checked]:
+    """What `check` finds of each path. Threads do: decoders of images and videos leave Python's lock to others."""
     paths = list(paths)
     with ThreadPool(workers) as pool:
-        results = pool.imap(check_image, paths, chunksize=16)
-        results = tqdm(results, "Checking images", len(paths), unit=" images", disable=None)
+        results = pool.imap(check, paths, chunksize=16)
+        results = tqdm(results, f"Checking {what}", len(paths), unit=f" {what}", disable=None)
         return dict(zip(paths, results, strict=True))
 
 

@@ -23,13 +23,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataprocess.config import Config, ConfigError, load_config
-from dataprocess.images import check_images
+from dataprocess.images import Checked, check_images
 from dataprocess.readers import read_source
 from dataprocess.report import Tally, table
 from dataprocess.split import validation_units
+from dataprocess.videos import check_videos
 from dataset.record import RecordError, Records, to_table, write_records
 
-TEXT_ONLY = "text:"  # begins the key of a record without images; digests of images are hexadecimal
+# Of what a record's keys are made: the digest of each image (hexadecimal), of each video, or the id of a text.
+IMAGE, VIDEO, TEXT_ONLY = "", "video:", "text:"
 
 
 def main() -> None:
@@ -44,23 +46,27 @@ def main() -> None:
 
 
 def process(config: Config) -> dict:
-    """Reads all sources, checks their images, divides train from validation, writes all and returns the report.
+    """Reads all sources, checks their media, divides train from validation, writes all and returns the report.
 
     Raises:
-        ValueError: a file that is not in its format, an image outside `image_root`, or a source of which nothing can
-            be used; nothing is written then.
+        ValueError: a file that is not in its format, an image or a video outside `image_root`, or a source of which
+            nothing can be used; nothing is written then.
     """
     tallies = {source.name: Tally() for source in config.sources}
     records = Records(to_table(readable(config, tallies)))
-    checked = check_images(sorted({path for record in records for path in record["images"]}), config.workers)
-    keys = [image_keys(record, checked, tallies[record["source"]]) for record in records]
+    images, videos = (sorted({path for record in records for path in record[key]}) for key in ("images", "videos"))
+    checked = {
+        IMAGE: check_images(images, config.workers) if images else {},
+        VIDEO: check_videos(videos, config.workers) if videos else {},
+    }
+    keys = [media_keys(record, checked, tallies[record["source"]]) for record in records]
     print(table(tallies))
     for name, tally in tallies.items():
         if tally.kept == 0:
             raise ValueError(f"source {name!r}: no record is usable{first_fault(tally)}")
     root = image_root(config, records)
-    for path, image in checked.items():
-        if image.digest:
+    for path, medium in (*checked[IMAGE].items(), *checked[VIDEO].items()):
+        if medium.digest:
             relative_path(path, root)
     held_out = validation_units(filter(None, keys), config.validation, config.seed)
     splits = {
@@ -73,7 +79,8 @@ def process(config: Config) -> dict:
         "image_root": root,
         "seed": config.seed,
         "records": {name: len(indices) for name, indices in splits.items()},
-        "images": {name: count_images(keys, indices) for name, indices in splits.items()},
+        "images": {name: count_media(keys, indices, IMAGE) for name, indices in splits.items()},
+        "videos": {name: count_media(keys, indices, VIDEO) for name, indices in splits.items()},
         "sources": {name: tally.as_dict() for name, tally in tallies.items()},
     }
     write(Path(config.output), records, splits, root, report)
@@ -81,7 +88,7 @@ def process(config: Config) -> dict:
 
 
 def readable(config: Config, tallies: dict[str, Tally]) -> Iterator[dict]:
-    """Valid records of all sources, image paths absolute; faulty ones are counted."""
+    """Valid records of all sources, paths absolute; faulty ones are counted."""
     for source in config.sources:
         tally = tallies[source.name]
         for record in tqdm(read_source(source, config.seed), f"Reading {source.name}", unit=" records", disable=None):
@@ -92,19 +99,23 @@ def readable(config: Config, tallies: dict[str, Tally]) -> Iterator[dict]:
                 yield record
 
 
-def image_keys(record: dict, checked: dict, tally: Tally) -> list[str] | None:
-    """Digests of a record's images, or None if one of them is unusable; a record without any has a key of its own."""
-    for path in record["images"]:
-        if checked[path].reason:
-            tally.drop(checked[path].reason, f"record {record['id']!r}: {checked[path].problem}")
-            return None
+def media_keys(record: dict, checked: dict[str, dict[str, Checked]], tally: Tally) -> list[str] | None:
+    """Keys of a record's media, or None if one of them is unusable; a record without any has a key of its own."""
+    keys = []
+    for kind, paths in ((IMAGE, record["images"]), (VIDEO, record["videos"])):
+        for path in paths:
+            medium = checked[kind][path]
+            if medium.reason:
+                tally.drop(medium.reason, f"record {record['id']!r}: {medium.problem}")
+                return None
+            keys.append(kind + medium.digest)
     tally.kept += 1
-    return [checked[path].digest for path in record["images"]] or [TEXT_ONLY + record["id"]]
+    return keys or [TEXT_ONLY + record["id"]]
 
 
-def count_images(keys: list[list[str] | None], indices: list[int]) -> int:
-    """Different pictures of the records at `indices`."""
-    return len({key for index in indices for key in keys[index] if not key.startswith(TEXT_ONLY)})
+def count_media(keys: list[list[str] | None], indices: list[int], kind: str) -> int:
+    """Different images, or videos, of the records at `indices`."""
+    return len({key for index in indices for key in keys[index] if key[: key.find(":") + 1] == kind})
 
 
 def first_fault(tally: Tally) -> str:
@@ -115,23 +126,28 @@ def first_fault(tally: Tally) -> str:
 
 
 def image_root(config: Config, records: Records) -> str:
-    """Absolute path of the folder that image paths are written relative to."""
+    """Absolute path of the folder that paths of images and videos are written relative to."""
     if config.image_root:
         return os.path.abspath(config.image_root)
     folders = {os.path.abspath(source.images) for source in config.sources if source.images}
     loose = {source.name for source in config.sources if not source.images}
-    folders |= {os.path.dirname(path) for record in records if record["source"] in loose for path in record["images"]}
+    folders |= {
+        os.path.dirname(path)
+        for record in records
+        if record["source"] in loose
+        for path in (*record["images"], *record["videos"])
+    }
     return os.path.commonpath(folders) if folders else os.getcwd()
 
 
 def relative_path(path: str, root: str) -> str:
     if os.path.commonpath([path, root]) != root:
-        raise ValueError(f"image {path} is not in image_root {root}; set image_root to a folder that holds all images")
+        raise ValueError(f"{path} is not in image_root {root}; set image_root to a folder that holds all media")
     return Path(path).relative_to(root).as_posix()
 
 
 def with_relative_paths(record: dict, root: str) -> dict:
-    return {**record, "images": [relative_path(path, root) for path in record["images"]]}
+    return {**record, **{key: [relative_path(path, root) for path in record[key]] for key in ("images", "videos")}}
 
 
 def write(folder: Path, records: Records, splits: dict[str, list[int]], root: str, report: dict) -> None:
@@ -145,7 +161,8 @@ def write(folder: Path, records: Records, splits: dict[str, list[int]], root: st
         if indices:
             rows = tqdm(records.select(indices), f"Writing {name}", unit=" records", disable=None)
             write_records((with_relative_paths(record, root) for record in rows), file)
-            print(f"{file}: {len(indices)} records on {report['images'][name]} images, paths relative to {root}")
+            media = " and ".join(f"{report[key][name]} {key}" for key in ("images", "videos") if report[key][name])
+            print(f"{file}: {len(indices)} records{f' on {media}' if media else ''}, paths relative to {root}")
     temporary = folder / ".report.json.tmp"
     temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, report_file)

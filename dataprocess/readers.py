@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from dataset.record import IMAGE_PLACEHOLDER, RecordError, parse_json, read_json_rows, validate_record
+from dataset.record import validate_record
+from dataset.rows import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RecordError, parse_json, read_json_rows, read_rows
+from dataset.table import record_of_row
 
 # AI Challenger comes with two questions of fixed wording and place of the image.
 CHINESE_PROMPTS = [f"这幅图像描述了什么？{IMAGE_PLACEHOLDER}", f"{IMAGE_PLACEHOLDER}这幅图像中有什么？"]
@@ -24,11 +26,11 @@ SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assista
 
 @dataclass
 class Source:
-    """One annotation file and the folder of its images."""
+    """One annotation file and the folder of its images and videos."""
 
     format: str  # key of FORMATS
     annotations: str  # file
-    images: str | None = None  # folder that image names are relative to
+    images: str | None = None  # folder that names of images and videos are relative to
     name: str | None = None  # first part of the ids of its records
     captions: str = "all"  # all: a record per caption; one: a single one per image, drawn by seed
     prompts: list[str] | None = None  # questions that take turns; null: those of the format
@@ -40,7 +42,7 @@ class Format(NamedTuple):
     """How a kind of annotation file is read.
 
     rows: source -> rows of its file.
-    records: (row, its number, source, seed) -> [{"images": [paths], "messages": [...], and perhaps "meta"}].
+    records: (row, its number, source, seed) -> [{"messages": [...], and perhaps "images", "videos", "meta"}].
     options: keys of a source that only some formats have.
     """
 
@@ -52,8 +54,8 @@ class Format(NamedTuple):
 def read_source(source: Source, seed: int = 0) -> Iterator[dict | RecordError]:
     """Valid records of a source, and an error in place of each that is not usable.
 
-    The id of a record is `<source name>:<row>`, with `.<number>` after it where a row makes several records. Image
-    paths are absolute.
+    The id of a record is `<source name>:<row>`, with `.<number>` after it where a row makes several records. Paths of
+    images and videos are absolute.
 
     Raises:
         ValueError: the file as a whole is not in the source's format.
@@ -70,6 +72,9 @@ def read_source(source: Source, seed: int = 0) -> Iterator[dict | RecordError]:
         except RowError as error:
             yield RecordError.of(name, error.reason, str(error))
             continue
+        except RecordError as error:
+            yield error
+            continue
         for k, part in enumerate(parts):
             record_id = name if len(parts) == 1 else f"{name}.{k}"
             try:
@@ -77,14 +82,13 @@ def read_source(source: Source, seed: int = 0) -> Iterator[dict | RecordError]:
             except RecordError as error:
                 yield error
                 continue
-            if record["videos"] or record["audios"]:
-                yield RecordError.of(record_id, "media", "it has videos or audios; only images are read")
+            if record["audios"]:
+                yield RecordError.of(record_id, "media", "it has audios; only images and videos are read")
                 continue
-            if all(turn["role"] != "assistant" for turn in record["messages"]):
+            if all(turn["role"] not in ("assistant", "text") for turn in record["messages"]):
                 yield RecordError.of(record_id, "no answer", "it has no assistant turn to learn from")
                 continue
-            folder = source.images or ""
-            yield {**record, "images": [os.path.abspath(os.path.join(folder, path)) for path in record["images"]]}
+            yield {**record, **{key: absolute(record[key], source) for key in ("images", "videos")}}
 
 
 def source_rows(source: Source) -> Iterator[Any]:
@@ -93,6 +97,10 @@ def source_rows(source: Source) -> Iterator[Any]:
         yield from FORMATS[source.format].rows(source)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source.annotations}: not a file of format {source.format} ({error!r})") from error
+
+
+def absolute(paths: list[str], source: Source) -> list[str]:
+    return [os.path.abspath(os.path.join(source.images or "", path)) for path in paths]
 
 
 class RowError(ValueError):
@@ -186,10 +194,16 @@ def json_rows(source: Source) -> Iterator[Any]:
 def llava_records(row: dict, number: int, source: Source, seed: int) -> list[dict]:
     """`{"image": str, "conversations": [{"from": "human" or "gpt", "value": str}]}`: all turns.
 
-    Rows without `image` are conversations without pictures.
+    `image` may be a list; beside it or in its place there may be `video`. Rows without either are conversations in
+    text. Where a row has videos alone, `<image>` in its turns stands for them, as some published files have it.
     """
     turns = [{"role": SPEAKERS[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
-    return [{"images": as_list(row.get("image")), "messages": turns}]
+    images, videos = as_list(row.get("image")), as_list(row.get("video"))
+    if videos and not images:
+        for turn in turns:
+            if turn["role"] == "user" and isinstance(turn["content"], str):
+                turn["content"] = turn["content"].replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
+    return [{"images": images, "videos": videos, "messages": turns}]
 
 
 def messages_rows(source: Source) -> Iterator[Any]:
@@ -202,11 +216,32 @@ def messages_rows(source: Source) -> Iterator[Any]:
 
 
 def messages_records(row: dict, number: int, source: Source, seed: int) -> list[dict]:
-    """`{"messages": [{"role", "content"}], "images": [str]}`: as it is. An `id` or `source` of its own gives way."""
+    """`{"messages": [{"role", "content"}], "images": [str], "videos": [str]}`: as it is.
+
+    An `id` or `source` of its own gives way.
+    """
     meta = row.get("meta")
     if isinstance(meta, str):  # in Parquet, records keep it as JSON
         meta = parse_json(meta, f"{source.annotations}, row {number}, meta")
-    return [{**row, "messages": row["messages"], "images": as_list(row.get("images")), "meta": meta}]
+    media = {key: as_list(row.get(key)) for key in ("images", "videos")}
+    return [{**row, "messages": row["messages"], **media, "meta": meta}]
+
+
+# Tables
+
+
+def table_rows(source: Source) -> Iterator[Any]:
+    return read_rows(source.annotations)
+
+
+def table_records(row: dict, number: int, source: Source, seed: int) -> list[dict]:
+    """`{"text", "image", "video", "instruction", "answer"}`, all optional: see `dataset.table`."""
+    if not isinstance(row, dict):
+        raise TypeError("a row must be an object with keys")
+    record = record_of_row(row, f"{source.name}:{number}")
+    if not source.images and (record["images"] or record["videos"]):
+        raise RowError("media", "it has images or videos; set `images` of the source to the folder that holds them")
+    return [record]
 
 
 # image_map.json and captions.json
@@ -265,5 +300,6 @@ FORMATS = {
     "karpathy": Format(karpathy_rows, caption_records, ("captions", "prompts", "splits")),
     "lavis": Format(lavis_rows, caption_records, ("captions", "prompts")),
     "messages": Format(messages_rows, messages_records),
+    "table": Format(table_rows, table_records),
     "image_map": Format(image_map_rows, image_map_records, ("captions", "image_map")),
 }

@@ -26,29 +26,21 @@ What keeps the splits honest:
 
 import argparse
 import hashlib
-import os
 import random
-import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
+from dataprocess.shapes import COLOURS, IMAGE_SIZE, SHAPES, background, draw_all, replaced, require_own, shade, stencil
 from dataset.record import write_records
 
-IMAGE_SIZE = 96  # pixels a side
 CELL = IMAGE_SIZE // 3
-COLOURS = {
-    "red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 85, 215),
-    "yellow": (240, 205, 40), "purple": (140, 50, 170), "orange": (245, 130, 25),
-}  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "star", "cross")
 DIGIT = "digit"
 CELLS = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 HELD_OUT = {("red", "star"), ("green", "circle"), ("blue", "triangle"), ("yellow", "cross"), ("purple", "square")}
@@ -141,45 +133,21 @@ def handwriting(split: str) -> dict[int, np.ndarray]:
     return {digit: images[chosen & (bunch.target == digit)] for digit in range(10)}
 
 
-@cache
-def _stencil(shape: str) -> Image.Image:
-    side = 128
-    mask = Image.new("L", (side, side))
-    pen = ImageDraw.Draw(mask)
-    if shape == "circle":
-        pen.ellipse((4, 4, side - 4, side - 4), fill=255)
-    elif shape == "square":
-        pen.rectangle((12, 12, side - 12, side - 12), fill=255)
-    elif shape == "triangle":
-        pen.polygon([(side / 2, 4), (side - 4, side - 10), (4, side - 10)], fill=255)
-    elif shape == "cross":
-        pen.rectangle((side * 0.36, 4, side * 0.64, side - 4), fill=255)
-        pen.rectangle((4, side * 0.36, side - 4, side * 0.64), fill=255)
-    elif shape == "star":
-        angles = np.arange(10) * np.pi / 5
-        radii = np.where(np.arange(10) % 2 == 0, 0.5, 0.2) * (side - 4)
-        points = zip(side / 2 + radii * np.sin(angles), side / 2 - radii * np.cos(angles), strict=True)
-        pen.polygon(list(points), fill=255)
-    return mask
-
-
 def paint(scene: Scene, rng: random.Random, split: str) -> Image.Image:
     """The picture of a scene, RGB, `IMAGE_SIZE` pixels a side; `split` chooses the handwriting."""
-    grey = rng.randint(225, 255)
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (grey, grey, grey))
+    image = background(rng)
     for thing in scene:
         if thing.shape == DIGIT:
             pieces = handwriting(split)[thing.digit]
             mask = Image.fromarray(pieces[rng.randrange(len(pieces))])
             size = rng.randint(CELL - 4, CELL)
         else:
-            mask = _stencil(thing.shape)
+            mask = stencil(thing.shape)
             size = rng.randint(20, CELL - 4)
         mask = mask.resize((size, size), Image.Resampling.BICUBIC if thing.shape == DIGIT else Image.Resampling.BOX)
         x = thing.cell % 3 * CELL + rng.randint(0, CELL - size)
         y = thing.cell // 3 * CELL + rng.randint(0, CELL - size)
-        colour = tuple(min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLOURS[thing.colour])
-        image.paste(colour, (x, y), mask)
+        image.paste(shade(thing.colour, rng), (x, y), mask)
     return image
 
 
@@ -349,33 +317,21 @@ def draw_one(job: tuple[str, int], folder: Path, seed: int, turns: int) -> list[
     return list(test_records(name, split, scene, rng))
 
 
-def draw_chunk(jobs: tuple[tuple[str, int], ...], **options) -> list[list[dict]]:
-    return [draw_one(job, **options) for job in jobs]
-
-
 def write_scenes(output: Path, seed: int, counts: dict[str, int], texts: int, copies: int, turns: int) -> None:
     """Writes everything into a folder beside `output` and renames it when complete."""
-    staged = output.with_name(output.name + ".tmp")
-    shutil.rmtree(staged, ignore_errors=True)
-    for split in SPLITS:
-        (staged / "images" / split).mkdir(parents=True)
     jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
-    draw = partial(draw_chunk, folder=staged / "images", seed=seed, turns=turns)
     records: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    chunks = [tuple(jobs[start : start + 100]) for start in range(0, len(jobs), 100)]
-    with ProcessPoolExecutor() as pool, tqdm(total=len(jobs), desc="Drawing", unit=" pictures") as bar:
-        for chunk, drawn in zip(chunks, pool.map(draw, chunks), strict=True):
-            for (split, _), own in zip(chunk, drawn, strict=True):
-                records[split] += own
-            bar.update(len(chunk))
-    for split in SPLITS:
-        write_records(records[split], staged / f"{split}.parquet")
-    rng = random.Random(f"{seed} text")
-    write_records([text_record(i, rng, turns) for i in tqdm(range(texts), desc="Text")], staged / "text.parquet")
-    write_records([copy_record(i, rng) for i in tqdm(range(copies), desc="Copies")], staged / "copy.parquet")
-    (staged / "words.txt").write_text("\n".join(words()) + "\n", encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(staged, output)
+    with replaced(output) as staged:
+        for split in SPLITS:
+            (staged / "images" / split).mkdir(parents=True)
+        for split, own in draw_all(draw_one, jobs, "pictures", folder=staged / "images", seed=seed, turns=turns):
+            records[split] += own
+        for split in SPLITS:
+            write_records(records[split], staged / f"{split}.parquet")
+        rng = random.Random(f"{seed} text")
+        write_records([text_record(i, rng, turns) for i in tqdm(range(texts), desc="Text")], staged / "text.parquet")
+        write_records([copy_record(i, rng) for i in tqdm(range(copies), desc="Copies")], staged / "copy.parquet")
+        (staged / "words.txt").write_text("\n".join(words()) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -390,15 +346,14 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=20000, help="sequences to repeat (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="questions a conversation (default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.output.exists() and not (arguments.output / "words.txt").exists():
-        sys.exit(f"{arguments.output} exists and holds no drawn scenes: choose another --output or remove it")
+    try:
+        require_own(arguments.output, "images", "drawn scenes")
+    except ValueError as error:
+        sys.exit(str(error))
     counts = {split: getattr(arguments, split) for split in SPLITS}
     if min(counts.values()) < 1 or arguments.turns < 1:
         sys.exit("every split needs a picture and every conversation a question: give numbers of at least 1")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_scenes(
-        arguments.output, arguments.seed, counts, arguments.texts, arguments.copies, arguments.turns
-    )
+    write_scenes(arguments.output, arguments.seed, counts, arguments.texts, arguments.copies, arguments.turns)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ class Collator:
         input_ids       [B, T] int64, `pad_token_id` where there is no token
         attention_mask  [B, T] int64, 1 for tokens, 0 for padding
         labels          [B, T] int64, -100 for padding and whatever is not supervised
-        image_counts    [B]    int64, images of each sample
-        pixel_values    [sum(image_counts), 3, H, W] float32, the images of row 0 first; absent if there are none
+        view_counts     [B]    int64, views (images, tiles, frames) of each sample
+        pixel_values    [N, 3, H, W] float32, the N = sum(view_counts) views, those of row 0 first
+        view_features   [N]    int64, features (= placeholder tokens) of each view
+
+    The last two are absent where N = 0.
 
     Args:
         padding_side: "right" for training; "left" puts the ends of all rows at T - 1, as generation needs.
@@ -32,15 +35,18 @@ class Collator:
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         longest = max(len(sample["input_ids"]) for sample in samples)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        images = [sample["pixel_values"] for sample in samples]
+        seen = [sample for sample in samples if sample["pixel_values"] is not None]
         batch = {
             "input_ids": self._pad([sample["input_ids"] for sample in samples], length, self.pad_token_id),
             "attention_mask": self._pad([[1] * len(sample["input_ids"]) for sample in samples], length, 0),
             "labels": self._pad([sample["labels"] for sample in samples], length, IGNORE_INDEX),
-            "image_counts": torch.tensor([0 if pixels is None else len(pixels) for pixels in images]),
+            "view_counts": torch.tensor(
+                [0 if sample["pixel_values"] is None else len(sample["pixel_values"]) for sample in samples]
+            ),
         }
-        if any(pixels is not None for pixels in images):
-            batch["pixel_values"] = torch.cat([pixels for pixels in images if pixels is not None])
+        if seen:
+            batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in seen])
+            batch["view_features"] = torch.tensor([count for sample in seen for count in sample["view_features"]])
         return batch
 
     def _pad(self, rows: list[list[int]], length: int, value: int) -> Tensor:

@@ -1,17 +1,18 @@
-"""The record: the one format between `dataprocess/` and `dataset/`, and its files (Parquet, JSON, JSONL).
+"""The record: the one format between `dataprocess/` and `dataset/`, and its files (Parquet, JSON, JSONL, CSV).
 
     {"id": "detail_23k:7", "source": "detail_23k", "images": ["train2017/000000000294.jpg"], "videos": [], "audios": [],
      "messages": [{"role": "user", "content": "<image>\\nWhat is this?"}, {"role": "assistant", "content": "A cat."}],
      "meta": {"language": "en"}}
 
-`messages` may begin with a `system` turn; then `user` and `assistant` turns alternate. Each `<image>` in the user turns
-stands for one of `images`, in order. `meta` (strings and integers) groups records in an evaluation. Media paths are
-relative to a folder that the reader of the record knows (`image_root`).
+`messages` may begin with a `system` turn; then `user` and `assistant` turns alternate. A record whose only message has
+role "text" is plain text, every word of which is learned. Each `<image>` in the user turns, or in the plain text,
+stands for the next of `images`, each `<video>` for the next of `videos`. `meta` (strings and integers) groups records
+in an evaluation. Media paths are relative to a folder that the reader of the record knows (`image_root`).
 
-In a file only `messages` is required: `id` defaults to `<file stem>:<row>`, `source` to the file stem.
+In a file only `messages` is required: `id` defaults to `<file stem>:<row>` (rows count from 0), `source` to the file
+stem. Rows of JSON, JSONL and CSV files may instead have the keys that `dataset.table` explains.
 """
 
-import difflib
 import json
 import os
 import tempfile
@@ -23,8 +24,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-IMAGE_PLACEHOLDER = "<image>"
-ROLES = ("system", "user", "assistant")
+from dataset.rows import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RecordError, nearest, read_rows
+from dataset.table import TABLE_KEYS, record_of_row
+
+ROLES = ("system", "user", "assistant", "text")
 MEDIA = ("images", "videos", "audios")
 SCHEMA = pa.schema({
     "id": pa.string(),
@@ -34,20 +37,9 @@ SCHEMA = pa.schema({
     "meta": pa.string(),  # JSON: its keys differ from record to record, which a Parquet struct can't express
 })  # fmt: skip
 FIELDS = tuple(SCHEMA.names)
+PLACEHOLDERS = {"images": IMAGE_PLACEHOLDER, "videos": VIDEO_PLACEHOLDER}
+SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 BLOCK = 10_000  # records that are Python objects at the same time while a file is read or written
-
-
-class RecordError(ValueError):
-    """A record can't be used. `reason` is the kind of fault in a few words, for counting."""
-
-    # One argument suffices, so that data loaders can raise again what a worker raised.
-    def __init__(self, message: str, reason: str = ""):
-        super().__init__(message)
-        self.reason = reason
-
-    @classmethod
-    def of(cls, record_id: Any, reason: str, problem: str) -> "RecordError":
-        return cls(f"record {record_id!r}: {problem}", reason)
 
 
 class Records(Sequence):
@@ -93,8 +85,8 @@ def validate_record(record: Any) -> dict:
     """The record with every field present (absent media are `[]`, absent `meta` is `{}`).
 
     Raises:
-        RecordError: unknown field, wrong type, roles out of order, an empty answer, or a number of `<image>` in the
-            user turns that differs from the number of images.
+        RecordError: unknown field, wrong type, roles out of order, an empty answer or text, or a number of `<image>`
+            or `<video>` that differs from the number of images or videos.
     """
     if not isinstance(record, dict):
         raise RecordError.of(None, "fields", f"expected an object with {', '.join(FIELDS)}; got {record!r:.80}")
@@ -117,10 +109,12 @@ def validate_record(record: Any) -> dict:
     ):
         problem = f"meta must map strings to strings or integers, got {complete['meta']!r:.80}"
         raise RecordError.of(name, "fields", problem)
-    count = sum(turn["content"].count(IMAGE_PLACEHOLDER) for turn in complete["messages"])
-    if count != len(complete["images"]):
-        problem = f"{count} {IMAGE_PLACEHOLDER} in its user turns for {len(complete['images'])} images"
-        raise RecordError.of(name, "placeholders", f"{problem}; write one where each image belongs")
+    place = "text" if complete["messages"][0]["role"] == "text" else "user turns"
+    for key, placeholder in PLACEHOLDERS.items():
+        count = sum(turn["content"].count(placeholder) for turn in complete["messages"])
+        if count != len(complete[key]):
+            problem = f"{count} {placeholder} in its {place} for {len(complete[key])} {key}"
+            raise RecordError.of(name, "placeholders", f"{problem}; write one where each {key[:-1]} belongs")
     return complete
 
 
@@ -135,15 +129,21 @@ def _validate_messages(name: Any, messages: Any) -> list[dict]:
         role, content = turn["role"], turn["content"]
         if not isinstance(content, str) or not _is_unicode(content):
             raise RecordError.of(name, "messages", f"message {number}: content must be valid text, got {content!r:.80}")
+        if role == "text" and len(messages) > 1:
+            problem = f"message {number} has role 'text', which is for a single message without turns"
+            raise RecordError.of(name, "roles", f"{problem}; turns have roles system, user and assistant")
         if role == previous or (role == "system" and number > 0):
             problem = f"message {number} has role {role!r} after {previous!r}"
             order = "at most one system turn first, then user and assistant in turn"
             raise RecordError.of(name, "roles", f"{problem}; expected {order}")
         if role == "assistant" and not content.strip():
             raise RecordError.of(name, "empty answer", f"message {number} is an assistant turn without text")
-        if role != "user" and IMAGE_PLACEHOLDER in content:
-            problem = f"message {number}: {IMAGE_PLACEHOLDER} in a {role} turn; images stand in user turns only"
-            raise RecordError.of(name, "placeholders", problem)
+        if role == "text" and not content.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip():
+            raise RecordError.of(name, "empty text", f"message {number} is a plain text without words")
+        for key, placeholder in PLACEHOLDERS.items():
+            if role in ("system", "assistant") and placeholder in content:
+                problem = f"message {number}: {placeholder} in {'an' if role == 'assistant' else 'a'} {role} turn"
+                raise RecordError.of(name, "placeholders", f"{problem}; {key} stand in user turns only")
         previous = role
     return messages
 
@@ -156,15 +156,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def nearest(key: Any, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the known key that is spelled most like `key`; otherwise the list of known keys."""
-    known = list(known)
-    match = difflib.get_close_matches(str(key), known, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else f"; known are {', '.join(known)}"
-
-
 def read_records(paths: str | Path | Sequence[str | Path]) -> Records:
-    """Records of a Parquet, JSON (a list) or JSONL file, or of all such files of a folder in order of their names.
+    """Records of a Parquet, JSON (a list), JSONL or CSV file, or of all such files of a folder in order of their names.
 
     Several paths are read one after the other. Text files are validated whole, rows of a Parquet file when they are
     accessed.
@@ -178,9 +171,9 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> Records:
     for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
         found = [path] if path.is_file() else []
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".json", ".jsonl"))
+            found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not found:
-            raise FileNotFoundError(f"{path}: expected a .parquet, .json or .jsonl file or a folder that holds some")
+            raise FileNotFoundError(f"{path}: expected a file or a folder that holds some ({', '.join(SUFFIXES)})")
         files += found
     if not files:
         raise FileNotFoundError("no record files given")
@@ -190,17 +183,23 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> Records:
 def _read_table(path: Path) -> pa.Table:
     if path.suffix == ".parquet":
         return _with_defaults(pq.read_table(path, partitioning=None), path)
-    if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: records are read from .parquet, .json and .jsonl files")
-    rows = (
-        {"id": f"{path.stem}:{number}", "source": path.stem, **row} if isinstance(row, dict) else row
-        for number, row in enumerate(read_json_rows(path))
-    )
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: records are read from {', '.join(SUFFIXES)} files")
     try:
-        return to_table(rows)
+        return to_table(_complete(row, path, number) for number, row in enumerate(read_rows(path)))
     except RecordError as error:
         error.args = (f"{path}: {error}",)
         raise
+
+
+def _complete(row: Any, path: Path, number: int) -> Any:
+    """A row of a text file as a record with id and source; what is no object is left to the validation."""
+    if not isinstance(row, dict):
+        return row
+    name = f"{path.stem}:{number}"
+    if path.suffix == ".csv" or "messages" not in row and (row.keys() & TABLE_KEYS or not row.keys() & FIELDS):
+        row = record_of_row(row, name)
+    return {"id": name, "source": path.stem, **row}
 
 
 def _with_defaults(table: pa.Table, path: Path) -> pa.Table:
@@ -220,33 +219,6 @@ def _with_defaults(table: pa.Table, path: Path) -> pa.Table:
         else:
             columns.append(pa.array([absent.get(field.name, lambda row: [])(row) for row in rows], field.type))
     return pa.table(columns, schema=SCHEMA)
-
-
-def read_json_rows(path: str | Path) -> Iterator[Any]:
-    """Values of a JSONL file, one a line, or the elements of the list that a JSON file holds.
-
-    Raises:
-        ValueError: not JSON (names the file and the line), or a JSON file that holds no list.
-    """
-    path = Path(path)
-    with open(path, encoding="utf-8-sig") as file:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield parse_json(line, f"{path}, line {number}")
-            return
-        rows = parse_json(file.read(), str(path))
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a JSON list, got a {type(rows).__name__}; JSON lines end in .jsonl")
-    yield from rows
-
-
-def parse_json(text: str, where: str) -> Any:
-    """`json.loads` whose error says where."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
 
 
 def to_table(records: Iterable[dict]) -> pa.Table:

@@ -1,9 +1,12 @@
-"""Checkpoints of what is trained: adapter, projector, and where the frozen weights lie.
+"""Checkpoints of what is trained: projector, adapter or whole decoder, and where the frozen weights lie.
 
 A checkpoint folder holds
 
     adapter_model.safetensors, adapter_config.json    LoRA in peft's format; absent for a decoder without LoRA
     projector.safetensors                             parameters of the projector
+    decoder/, encoder.safetensors                     whole decoder (in the format of transformers) and encoder, where
+                                                      they were trained
+    added_rows.safetensors                            embeddings of tokens that the decoder's files have no row for
     kanjian.json                                      format version, arguments that rebuild the model, paths of the
                                                       frozen weights and a sample of their values
     tokenizer files                                   where the model has a tokenizer
@@ -16,6 +19,7 @@ no local path is a name and recorded as it is.
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +29,10 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.decoder import quantization_of
+from model.decoder import added_rows, load_decoder, quantization_of, set_rows
 from model.fingerprint import sample_differences, weight_sample
 from model.legacy import is_legacy, legacy_spec, read_legacy
+from model.llava import is_llava, read_projector
 from model.lora import lora_config, write_lora_config
 from model.optim import trained_part
 from visual.weights import by_layer, read_tensors
@@ -35,11 +40,14 @@ from visual.weights import by_layer, read_tensors
 if TYPE_CHECKING:
     from model.model import MultiModalModel
 
-FORMAT = 2
+FORMAT = 3
 SPEC_FILE = "kanjian.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 PROJECTOR_FILE = "projector.safetensors"
+DECODER_FOLDER = "decoder"
+ENCODER_FILE = "encoder.safetensors"
+ROWS_FILE = "added_rows.safetensors"
 PATH_KEYS = ("path", "pretrained")  # entries of the encoder's and decoder's spec that may be places on disk
 
 
@@ -53,18 +61,24 @@ def save_trained(model: "MultiModalModel", folder: str | Path) -> None:
             is gone), or something is trainable that a checkpoint does not hold.
     """
     folder = Path(folder)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            trained_part(name)
+    trained = {trained_part(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if unsaved := trained - {"lora", "projector"} - model.holds:
+        raise ValueError(f"the {' and '.join(sorted(unsaved))} is trainable, but not by model.tune(), so not saved")
     spec = _describe(model)
-    spec["weights"] = {"encoder": weight_sample(model.encoder), "decoder": weight_sample(model.language_model)}
+    parts = {"encoder": model.encoder, "decoder": model.language_model}
+    spec["weights"] = {name: weight_sample(part) for name, part in parts.items() if name not in model.holds}
+    if "decoder" in model.holds:
+        if isinstance(model.decoder, PeftModel):
+            raise ValueError("a decoder that was trained as a whole holds an adapter; merge it first: model.merge()")
+        spec["decoder"]["path"] = str(folder / DECODER_FOLDER)
     if not spec["decoder"]["path"]:
         raise ValueError(
             "the decoder's weights lie in no folder that the checkpoint could name: save them with "
             "model.language_model.save_pretrained(folder) and load the decoder from there"
         )
     for part, key in _paths(spec):
-        spec[part][key] = _portable(spec[part][key], folder)
+        held = part == "decoder" and part in model.holds
+        spec[part][key] = f"./{DECODER_FOLDER}" if held else _portable(spec[part][key], folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         staged = Path(temporary)
@@ -74,11 +88,32 @@ def save_trained(model: "MultiModalModel", folder: str | Path) -> None:
         save_file(_on_cpu(model.projector.state_dict()), staged / PROJECTOR_FILE)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staged)
+        if "decoder" in model.holds:
+            save_decoder(model, staged / DECODER_FOLDER)
+        elif model.added_rows:
+            save_file(_on_cpu(added_rows(model.language_model, model.added_rows)), staged / ROWS_FILE)
+        if "encoder" in model.holds:
+            save_file(_on_cpu(model.encoder.backbone.state_dict()), staged / ENCODER_FILE)
         (staged / SPEC_FILE).write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for stale in (SPEC_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+        for stale in (SPEC_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, ROWS_FILE):
             (folder / stale).unlink(missing_ok=True)
+        if (staged / DECODER_FOLDER).exists():
+            shutil.rmtree(folder / DECODER_FOLDER, ignore_errors=True)  # a folder can't replace one that holds files
         for file in sorted(staged.iterdir(), key=lambda file: file.name == SPEC_FILE):
             os.replace(file, folder / file.name)
+
+
+def save_decoder(model: "MultiModalModel", folder: Path) -> None:
+    """The decoder and its tokenizer as transformers writes them, without the patch's own setting."""
+    decoder = model.language_model
+    placeholder_id = decoder.config.placeholder_id
+    del decoder.config.placeholder_id
+    try:
+        decoder.save_pretrained(folder)
+    finally:
+        decoder.config.placeholder_id = placeholder_id
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
 
 
 def read_spec(folder: str | Path) -> dict:
@@ -95,7 +130,7 @@ def read_spec(folder: str | Path) -> dict:
         spec = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # wrong encodings included
         raise ValueError(f"{file} is no JSON file ({error}); copy the checkpoint again") from error
-    if not isinstance(spec, dict) or spec.get("format") not in (1, FORMAT):
+    if not isinstance(spec, dict) or spec.get("format") not in (1, 2, FORMAT):
         found = spec.get("format") if isinstance(spec, dict) else spec
         raise ValueError(
             f"{file}: format {found!r}, this code reads format {FORMAT}; take the version of Kanjian that wrote it"
@@ -105,9 +140,15 @@ def read_spec(folder: str | Path) -> dict:
             spec["system"] = _system_of_format_1(file.parent)
             spec["decoder"]["quantization"] = "none"
             spec["weights"] = {}
-        absent = {"placeholder_id", "system", "adapter", "tokenizer", "weights"} - spec.keys()
-        absent |= {"path", "dtype", "quantization"} - spec["decoder"].keys()
-        absent |= ({"kind", "path"} - spec["encoder"].keys()) | ({"kind", "in_width"} - spec["projector"].keys())
+        if spec["format"] < 3:  # which knew Qwen-1 alone, and an image as one view
+            spec |= {"holds": [], "template": "chatml", "media": {}}
+            spec["projector"]["pixel_shuffle"] = 1
+            spec["decoder"]["rows"] = 0
+        absent = {"placeholder_id", "system", "adapter", "tokenizer", "weights", "holds", "template", "media"}
+        absent -= spec.keys()
+        absent |= {"path", "dtype", "quantization", "rows"} - spec["decoder"].keys()
+        absent |= {"kind", "path"} - spec["encoder"].keys()
+        absent |= {"kind", "in_width", "pixel_shuffle"} - spec["projector"].keys()
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is no description of a checkpoint ({error!r}); copy the checkpoint again") from error
     if absent:
@@ -156,6 +197,8 @@ def load_trained(
 ) -> None:
     """Loads adapter and projector of a checkpoint, or of an adapter folder of the first system, into a model.
 
+    Of the folder of a LLaVA it loads the projector alone.
+
     Args:
         spec: of the checkpoint, where it isn't the one that the folder itself tells.
         keep_adapter: a checkpoint without adapter leaves that of the model as it is.
@@ -166,6 +209,10 @@ def load_trained(
             unexpected and misshapen weights.
     """
     folder, ours = Path(folder), _describe(model)
+    if is_llava(folder):
+        adapter = _adapter_state(model.decoder) if isinstance(model.decoder, PeftModel) else {}
+        load_states(model, adapter, read_projector(model, folder), source=str(folder))
+        return
     if is_legacy(folder):
         places = [ours[part]["path"] for part in ("decoder", "encoder")]
         spec = spec or legacy_spec(folder, *places, placeholder_id=model.placeholder_id)
@@ -177,9 +224,35 @@ def load_trained(
     if keep_adapter and not spec["adapter"] and ours["adapter"]:
         spec, adapter = {**spec, "adapter": True}, _adapter_state(model.decoder)
     problems = _setting_differences(ours, spec) + _weight_sample_differences(model, ours, spec)
+    if spec["adapter"] and "decoder" in model.holds:
+        problems.append("adapter: the checkpoint has LoRA layers, but the model trains the whole decoder")
     if (folder / ADAPTER_CONFIG_FILE).is_file() and isinstance(model.decoder, PeftModel):
         problems += _lora_differences(lora_config(model.decoder), LoraConfig.from_pretrained(str(folder)))
+    held = {}
+    if "decoder" in spec["holds"] and Path(ours["decoder"]["path"]).resolve() != (folder / DECODER_FOLDER).resolve():
+        held["decoder"] = (model.language_model, _decoder_state(model, folder))
+    if "encoder" in spec["holds"]:
+        held["encoder"] = (model.encoder.backbone, read_tensors(folder / ENCODER_FILE))
+    for name, (module, state) in held.items():
+        problems += _weight_differences(name, module.state_dict(), state)
     load_states(model, adapter, projector, source=str(folder), problems=problems)
+    for module, state in held.values():
+        module.load_state_dict(state)
+    model.holds |= set(spec["holds"])
+    if spec["decoder"]["rows"] and (folder / ROWS_FILE).is_file():
+        set_rows(model.language_model, read_tensors(folder / ROWS_FILE))
+
+
+def _decoder_state(model: "MultiModalModel", folder: Path) -> dict[str, Tensor]:
+    """Weights of the decoder that a checkpoint holds, by the names of the model's.
+
+    Raises:
+        ValueError: the model's decoder has LoRA layers or is quantized, so that it has to be loaded from there.
+    """
+    place = folder / DECODER_FOLDER
+    if isinstance(model.decoder, PeftModel) or quantization_of(model.language_model) != "none":
+        raise ValueError(f"{folder} holds a whole decoder: start from it with model.decoder={place}")
+    return load_decoder(place, "auto").state_dict()
 
 
 def load_states(
@@ -214,12 +287,16 @@ def _describe(model: "MultiModalModel") -> dict:
         "format": FORMAT,
         "placeholder_id": model.placeholder_id,
         "system": model.system,
+        "template": model.tokenizer.template if model.tokenizer else None,
+        "media": model.media.spec,
+        "holds": sorted(model.holds),
         "encoder": dict(model.encoder.spec),
         "projector": dict(model.projector.spec),
         "decoder": {
             "path": decoder.config._name_or_path,
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "quantization": quantization_of(decoder),
+            "rows": decoder.get_input_embeddings().weight.shape[0],
         },
         "adapter": isinstance(model.decoder, PeftModel),
         "tokenizer": model.tokenizer is not None,
@@ -276,11 +353,13 @@ def _weight_sample_differences(model: "MultiModalModel", places: dict, checkpoin
 
 
 def _lora_differences(ours: LoraConfig, theirs: LoraConfig) -> list[str]:
-    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules")
+    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    keys += ("target_modules", "target_parameters")
     return [
         f"LoRA {key}: {getattr(theirs, key)!r} in the checkpoint, {getattr(ours, key)!r} in the model"
         for key in keys
-        if getattr(ours, key) != getattr(theirs, key)
+        # peft says "nothing" as None, as an empty list or as an empty set.
+        if (getattr(ours, key) or None) != (getattr(theirs, key) or None)
     ]
 
 

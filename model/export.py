@@ -1,4 +1,4 @@
-"""A trained model in formats that other tools read: its decoder, LoRA merged, as Qwen-1 or as Qwen2.
+"""A trained model in formats that other tools read: its decoder, LoRA merged, in its own format or as Qwen2.
 
 Below `seq_length` Qwen-1 is transformers' Qwen2 with `c_attn` split into q, k and v, `w2` as gate and `w1` as up
 projection. Beyond, Qwen-1 extrapolates as Qwen2 does not, so `seq_length` is the longest text of an exported Qwen2.
@@ -7,20 +7,33 @@ projection. Beyond, Qwen-1 extrapolates as Qwen2 does not, so `seq_length` is th
 import copy
 import json
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from model.decoder import quantization_of
+from model.chat_template import chat_template, check_chat_template
+from model.checkpoint import save_decoder
+from model.decoder import load_decoder, quantization_of
 from model.model import MultiModalModel
 from qwen import MultimodalQWenLMHeadModel, QWenConfig, QWenLMHeadModel, QWenTokenizer
 from qwen.tokenization_qwen import RANKS_FILE, TURN_END, write_ranks
 from visual.twin import transformers_tower
+from visual.weights import by_layer, load_strictly
 
 SHARD = "5GB"
 MAX_NEW_TOKENS = 512  # as inference.py; transformers' own default ends an answer after 20
@@ -34,42 +47,36 @@ LINEAR_NAMES = {  # linear modules of a Qwen-1 layer that stand for one of Qwen2
 LAYER_NAMES = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", **LINEAR_NAMES}
 TOP_NAMES = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
 
-# ChatML as dataset.template writes it, behind a line that sets `default_system` and `image`.
-CHAT_TEMPLATE = """\
-{%- if default_system and (not messages or messages[0].role != 'system') -%}
-    {{- '<|im_start|>system\\n' ~ default_system ~ '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages if message.role != 'system' or message.content -%}
-    {%- if message.role not in ('system', 'user', 'assistant') -%}
-        {{- raise_exception("role must be 'system', 'user' or 'assistant', got '" ~ message.role ~ "'") -}}
-    {%- endif -%}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
-    {%- if message.content is string -%}
-        {{- message.content -}}
-    {%- else -%}
-        {%- for part in message.content -%}
-            {%- if part.type == 'text' -%}
-                {{- part.text -}}
-            {%- elif part.type == 'image' and image and message.role == 'user' -%}
-                {{- image -}}
-            {%- else -%}
-                {{- raise_exception("a " ~ message.role ~ " turn can't hold a part of type '" ~ part.type ~ "'") -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its name at the end, or disappears after an error.
+
+    Raises:
+        ValueError: there is something at `path`, other than an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--output {path} exists and is no empty folder; name a new one or empty it")
+    staged = path.with_name(f".{path.name}.exporting")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        if path.exists():
+            path.rmdir()
+        staged.rename(path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def export_merged(model: MultiModalModel, folder: Path) -> None:
-    """Writes a checkpoint without adapter: decoder in Qwen-1's published format and, of CLIP and SigLIP, the encoder.
+    """Writes a checkpoint without adapter: decoder in its own published format and, of CLIP and SigLIP, the encoder.
 
-    Both lie in the checkpoint's folder, so it can be moved alone. `model` is merged and names these weights afterwards.
+    Both lie in the checkpoint's folder, so it can be moved alone. Rows that were added to the decoder's embeddings are
+    rows like others there. `model` is merged and names these weights afterwards.
 
     Raises:
-        ValueError: the decoder is quantized.
+        ValueError: the decoder is quantized, or what was written reads as something else.
         FileNotFoundError: the encoder has no preprocessing settings.
     """
     decoder = merged_decoder(model)
@@ -78,17 +85,50 @@ def export_merged(model: MultiModalModel, folder: Path) -> None:
         tower.save_pretrained(folder / "encoder")
         image_processor.save_pretrained(folder / "encoder")
         model.encoder.spec["path"] = str(folder / "encoder")
-    _save_qwen1(decoder, model.tokenizer, folder / "decoder")
+        model.holds -= {"encoder"}
+        again = load_strictly(type(tower), folder / "encoder", dtype="auto")
+        compare(tower.state_dict(), again.state_dict(), "the encoder")
+    if isinstance(decoder, MultimodalQWenLMHeadModel):
+        _save_qwen1(decoder, model.tokenizer, folder / "decoder")
+    else:
+        save_decoder(model, folder / "decoder")
+    compare(decoder.state_dict(), load_decoder(folder / "decoder", "auto").state_dict(), "the decoder")
     decoder.config._name_or_path = str(folder / "decoder")
+    model.holds -= {"decoder"}
+    model.added_rows = 0
+    model.requires_grad_(False)
     model.save_pretrained(folder)
 
 
-def merged_decoder(model: MultiModalModel) -> MultimodalQWenLMHeadModel:
+def merged_decoder(model: MultiModalModel) -> PreTrainedModel:
     """The decoder after `model.merge()`; raises ValueError if it is quantized."""
     decoder = model.merge().language_model
     if (quantization := quantization_of(decoder)) != "none":
         raise ValueError(f'{quantization} weights are not exported; load the model with quantization="none"')
     return decoder
+
+
+def compare(expected: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
+    """Raises ValueError unless both have the same names, shapes and values; NaN equals NaN.
+
+    Args:
+        expected: may be of another dtype; it is rounded to that of `found`.
+        what: the part that is compared, for the error.
+    """
+    problems = {"missing": expected.keys() - found.keys(), "unexpected": found.keys() - expected.keys()}
+    problems["of other values"] = {
+        name for name in expected.keys() & found.keys() if not _equal(expected[name], found[name])
+    }
+    lines = [f"{problem}: {', '.join(by_layer(names))}" for problem, names in problems.items() if names]
+    if lines:
+        raise ValueError(f"what was written does not read as {what} of the model; {'; '.join(lines)}")
+
+
+def _equal(expected: Tensor, found: Tensor) -> bool:
+    expected = expected.detach().to(found)
+    if expected.shape != found.shape:
+        return False
+    return torch.equal(expected, found) or torch.allclose(expected, found, rtol=0, atol=0, equal_nan=True)
 
 
 def _save_qwen1(decoder: MultimodalQWenLMHeadModel, tokenizer: QWenTokenizer | None, folder: Path) -> None:
@@ -120,15 +160,24 @@ def export_qwen2(model: MultiModalModel, folder: Path, system: str | None = None
         system: text of the system turn of a conversation that brings none.
 
     Raises:
-        ValueError: Qwen2 can't compute what the decoder does, or its tokenizer can't encode as the model's, or there is
-            none; nothing is written.
+        ValueError: the decoder is no Qwen-1, Qwen2 can't compute what it does, or its tokenizer can't encode as the
+            model's, or there is none; nothing is written.
     """
+    kind = model.language_model.config.model_type
+    if kind != QWenConfig.model_type:
+        raise ValueError(
+            f"format qwen2 converts Qwen-1; this decoder is a {kind}, whose own format is read by transformers: take "
+            "format merged, and the folder decoder/ of what it writes"
+        )
     config = qwen2_config(model.language_model.config, model.language_model.dtype)
-    tokenizer = exported_tokenizer(model, chat_template(system))
+    tokenizer = exported_tokenizer(model, system)
     _check_merges(tokenizer)
-    save_weights(qwen2_state(merged_decoder(model).state_dict()), folder)
+    state = qwen2_state(merged_decoder(model).state_dict())
+    save_weights(state, folder)
     config.save_pretrained(folder)
     save_text_files(tokenizer, model, folder)
+    found = load_strictly(Qwen2ForCausalLM, folder, dtype="auto").state_dict()
+    compare(state, found, "the decoder")
 
 
 def qwen2_config(config: QWenConfig, dtype: torch.dtype) -> Qwen2Config:
@@ -187,37 +236,53 @@ def qwen2_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def chat_template(system: str | None, image: str | None = None) -> str:
-    """Jinja chat template; `image` is what a part of type "image" becomes, None where a turn can't hold one."""
-    return f"{{%- set default_system = {system!r} -%}}{{%- set image = {image!r} -%}}\n{CHAT_TEMPLATE}"
-
-
-def exported_tokenizer(model: MultiModalModel, template: str, with_image: bool = False) -> PreTrainedTokenizerFast:
-    """The model's tokenizer as a class of transformers.
+def exported_tokenizer(model: MultiModalModel, system: str | None, image: str | None = None) -> PreTrainedTokenizerFast:
+    """The model's tokenizer as a class of transformers, with a chat template.
 
     Args:
-        with_image: the placeholder is renamed to `<image>`, which so has an id without a new embedding.
+        system: text of the system turn of a conversation that brings none.
+        image: what a part of type "image" of a turn becomes. With it the placeholder is renamed to `<image>`, which so
+            has an id without a new embedding; None where a turn can't hold one.
 
     Raises:
-        ValueError: the model has no tokenizer, or the placeholder is none of its special tokens.
+        ValueError: the model has no tokenizer, the placeholder is none of its special tokens, or the template can't
+            make the prompts of the training.
     """
-    if model.tokenizer is None:
+    ours = model.tokenizer
+    if ours is None:
         raise ValueError("the checkpoint has no tokenizer, which this format needs")
-    backend = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    if with_image:
+    given = getattr(ours, "hf", ours)
+    backend = json.loads(given.backend_tokenizer.to_str())
+    if image is not None:
         tokens = {token["id"]: token for token in backend["added_tokens"]}
         if model.placeholder_id not in tokens:
             raise ValueError(f"placeholder_id {model.placeholder_id} is no special token of the checkpoint's tokenizer")
-        tokens[model.placeholder_id]["content"] = IMAGE_TOKEN
-    return PreTrainedTokenizerFast(
+        old, tokens[model.placeholder_id]["content"] = tokens[model.placeholder_id]["content"], IMAGE_TOKEN
+        words = backend["model"]["vocab"]  # which of some kinds holds special tokens as well
+        if isinstance(words, dict) and old in words:
+            words[IMAGE_TOKEN] = words.pop(old)
+        elif isinstance(words, list) and model.placeholder_id < len(words):
+            words[model.placeholder_id][0] = IMAGE_TOKEN
+    begin = {"bos_token": given.bos_token} if ours.begin_ids else {}
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
-        eos_token=TURN_END,
-        pad_token=model.tokenizer.pad_token,
-        chat_template=template,
-        model_max_length=model.language_model.config.seq_length,
+        eos_token=TURN_END if given is ours else ours.eos_token,
+        pad_token=given.pad_token,
+        model_max_length=longest_text(model.language_model.config),
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids by default
+        **begin,
     )
+    options = {"begin": begin.get("bos_token", ""), "eos": ours.eos_token or ""}
+    tokenizer.chat_template = chat_template(ours.template, None, image, **options)
+    check_chat_template(tokenizer, ours)
+    tokenizer.chat_template = chat_template(ours.template, system, image, **options)
+    return tokenizer
+
+
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """Tokens that a decoder was made for."""
+    return getattr(config, "seq_length", None) or getattr(config, "max_position_embeddings", None)
 
 
 def _check_merges(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -253,7 +318,7 @@ def save_weights(state: dict[str, Tensor], folder: Path) -> None:
     """Writes `model.safetensors`, or shards and their index, into a folder that is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     tied = [name for name in state if name.endswith("lm_head.weight")]  # left out where it is the embedding itself
-    save_torch_state_dict(state, folder, max_shard_size=SHARD, shared_tensors_to_discard=tied)
+    save_torch_state_dict(dict(state), folder, max_shard_size=SHARD, shared_tensors_to_discard=tied)
 
 
 def write_json(values: dict, file: Path) -> None:

@@ -5,33 +5,72 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ROUTERS = {"gate", "router", "shared_expert_gate"}  # linear layers that choose or weigh experts
 
 
 def add_lora(
     decoder: PreTrainedModel, r: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = ()
 ) -> PeftModel:
-    """Freezes the decoder and puts LoRA layers (`W x + alpha / r * B A x`) on the linear modules named in `targets`.
+    """Freezes the decoder and puts LoRA layers (`W x + alpha / r * B A x`) on what `targets` names.
 
-    A target is the end of a module name: `c_proj` means the attention's and the MLP's, `attn.c_proj` the former alone.
-    The matrices A and B are float32 whatever dtype the decoder has.
+    A target is the end of a module's name: `c_proj` means the attention's and the MLP's, `attn.c_proj` the former
+    alone. Experts of a mixture are parameters rather than modules, and named by theirs: `experts.down_proj`. No target
+    means all linear layers of the blocks (`linear_layers`). The matrices A and B are float32 whatever dtype the decoder
+    has.
 
     Raises:
-        ValueError: a target that no linear module of the decoder bears, or no target at all.
+        ValueError: a target that no linear layer of the decoder bears, or dropout with targets that are parameters.
     """
-    targets = list(targets)
-    linear = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
-    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
-    if unknown or not targets:
+    names = linear_names(decoder)
+    stacks = [name for name, parameter in decoder.named_parameters() if parameter.ndim == 3]
+    targets = list(targets) or linear_layers(decoder)
+    modules = [target for target in targets if _any_ends(names, target)]
+    parameters = [target for target in targets if target not in modules and _any_ends(stacks, target)]
+    if unknown := [target for target in targets if target not in (*modules, *parameters)]:
+        known = sorted({name.rpartition(".")[2] for name in names})
+        known += sorted({".".join(name.split(".")[-2:]) for name in stacks})
         raise ValueError(
-            f"LoRA targets {unknown or targets} match no linear module of {type(decoder).__name__}; "
-            f"these are named {', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
+            f"LoRA targets {unknown} match no linear layer of {type(decoder).__name__}; these are named "
+            f"{', '.join(known)}"
         )
+    if parameters and dropout:
+        raise ValueError(f"LoRA on the experts ({', '.join(parameters)}) knows no dropout; set model.lora.dropout=0")
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in decoder.modules()),
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     return wrap_with_lora(decoder, config)
+
+
+def linear_layers(decoder: PreTrainedModel) -> list[str]:
+    """Last names of all linear layers of the decoder's blocks, such as `q_proj`, without those that route to experts.
+
+    The experts themselves, stacks of matrices in one parameter, are not among them: an adapter for each of them is
+    large, and rarely meant. `add_lora` takes them by name.
+    """
+    blocks = [name for name in linear_names(decoder) if any(part.isdigit() for part in name.split("."))]
+    return sorted({name.rpartition(".")[2] for name in blocks} - ROUTERS)
+
+
+def linear_names(decoder: nn.Module) -> list[str]:
+    """Full names of linear layers: `nn.Linear` and GPT-2's `Conv1D`."""
+    return [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _any_ends(names: list[str], target: str) -> bool:
+    return any(f".{name}".endswith(f".{target}") for name in names)
 
 
 def wrap_with_lora(decoder: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -40,6 +79,17 @@ def wrap_with_lora(decoder: PreTrainedModel, config: LoraConfig) -> PeftModel:
     config.inference_mode = False
     config.base_model_name_or_path = None  # peft then records where the base lies now
     return get_peft_model(decoder, config, autocast_adapter_dtype=True)
+
+
+def adapted_layers(decoder: nn.Module) -> list[str]:
+    """Last names of the layers and parameters that have LoRA matrices, such as `q_proj`."""
+    layers = {name: module for name, module in decoder.named_modules() if isinstance(module, LoraLayer)}
+    # Wrappers of several parameters of one module lie within each other.
+    names = {
+        f"experts.{module.parameter_name}" if isinstance(module, ParamWrapper) else name.rpartition(".")[2]
+        for name, module in layers.items()
+    }
+    return sorted(names)
 
 
 def language_model(decoder: nn.Module) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from model.decoder import Head
 from model.loss import summed_cross_entropy
 from model.model import MultiModalModel
 
@@ -279,8 +280,8 @@ def _decoder_output(model: MultiModalModel, batch: int, length: int, phase: Call
     input_ids = torch.zeros(batch, length, dtype=torch.long)
     features = model.encode_images(pixel_values)
     phase("decoder")
-    decoder = model.language_model.transformer
-    embeds = decoder.wte(input_ids)
+    decoder = model.language_model.base_model
+    embeds = decoder.get_input_embeddings()(input_ids)
     embeds = embeds.masked_scatter((input_ids == model.placeholder_id).unsqueeze(-1), features.to(embeds))
     mask = torch.ones_like(input_ids)
     return decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
@@ -288,14 +289,14 @@ def _decoder_output(model: MultiModalModel, batch: int, length: int, phase: Call
 
 def _loss(model: MultiModalModel, hidden: Tensor) -> Tensor:
     batch, length, _ = hidden.shape
-    supervised = batch * (length - model.encoder.num_features)
+    supervised = batch * (length - model.media.num_features)
     positions = torch.zeros(2, supervised, dtype=torch.long)  # what a mask of labels comes down to
     rows = hidden[:, :-1][positions[0], positions[1]]
-    return summed_cross_entropy(rows, positions[0], model.language_model.lm_head) / len(rows)
+    return summed_cross_entropy(rows, positions[0], Head(model.language_model)) / len(rows)
 
 
 def _naive_loss(model: MultiModalModel, hidden: Tensor) -> Tensor:
     decoder = model.language_model
     labels = torch.zeros(hidden.shape[:2], dtype=torch.long)
-    logits = decoder.lm_head(hidden)
+    logits = Head(decoder)(hidden)
     return decoder.loss_function(logits, labels, decoder.config.vocab_size, num_items_in_batch=labels.numel())

@@ -1,6 +1,7 @@
-"""The vision-language model: a frozen encoder, a projector, and a decoder whose forward takes features."""
+"""The vision-language model: an encoder, a projector, and a decoder whose forward takes features."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -8,31 +9,44 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.checkpoint import load_trained, read_spec, resolve_paths, save_trained
-from model.decoder import Quantization, load_decoder, quantization_of
+from model.decoder import Head, Quantization, add_rows, load_decoder, quantization_of
 from model.legacy import is_legacy, legacy_spec
 from model.lora import language_model, wrap_with_lora
 from model.loss import supervised_cross_entropy
+from model.media_inputs import MediaInput, expand_prompts
 from model.projector import Projector, build_projector
-from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
+from model.tokenizer import ChatTokenizer, load_tokenizer
+from qwen import QWenTokenizer
 from visual import build_encoder
+from visual.grid import pool, pooled_grid
+from visual.media import Media
 
 
 class MultiModalModel(nn.Module):
-    """Pictures become features of the decoder's width, which stand where the placeholder tokens stand.
+    """Pictures and clips become features of the decoder's width, which stand where the placeholder tokens stand.
 
-    What is trained is the projector and the LoRA layers of the decoder, both float32; encoder and decoder weights are
-    frozen. Works with `transformers.Trainer`, whose introspection reads the class attributes below.
+    A view is what goes through the encoder: an image, a tile of one, or a frame of a clip (`visual.media`). What is
+    trained is the projector and the LoRA layers of the decoder, both float32; encoder and decoder weights are frozen
+    unless `tune` says otherwise. Works with `transformers.Trainer`, whose introspection reads the class attributes
+    below.
 
     Args:
         encoder: module of `visual/`: `pixel_values [N, 3, H, W] -> [N, n, D]`.
         projector: module of `model/projector.py`: `[N, n, D] -> [N, n, H]`.
-        decoder: `MultimodalQWenLMHeadModel`, plain or with LoRA layers (`model.lora.add_lora`).
+        decoder: of `model.decoder.load_decoder`, plain or with LoRA layers (`model.lora.add_lora`).
         placeholder_id: token that one feature vector replaces.
         tokenizer: gives `generate` its stop tokens and is saved with the checkpoint.
         system: text of the system turn that the model is trained with; saved with the checkpoint, for prompts.
+        media: how images and clips become views; by default an image is one view.
+        added_rows: rows that the decoder's embeddings have beyond those of its files (`model.decoder.add_rows`).
+
+    Attributes:
+        holds: "decoder" and "encoder" where its weights are not those of its files, but were trained; a checkpoint
+            then holds them.
     """
 
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch and does not divide the loss again
@@ -46,8 +60,10 @@ class MultiModalModel(nn.Module):
         projector: Projector,
         decoder: nn.Module,
         placeholder_id: int,
-        tokenizer: QWenTokenizer | None = None,
+        tokenizer: QWenTokenizer | ChatTokenizer | None = None,
         system: str | None = None,
+        media: Media | None = None,
+        added_rows: int = 0,
     ):
         super().__init__()
         _check_widths(encoder, projector, language_model(decoder))
@@ -57,11 +73,14 @@ class MultiModalModel(nn.Module):
         self.placeholder_id = placeholder_id
         self.tokenizer = tokenizer
         self.system = system
+        self.media = media or Media(encoder, pixel_shuffle=projector.spec["pixel_shuffle"])
+        self.added_rows = added_rows
+        self.holds: set[str] = set()
         self.language_model.config.placeholder_id = placeholder_id
         _freeze_base(decoder)
 
     @property
-    def language_model(self) -> MultimodalQWenLMHeadModel:
+    def language_model(self) -> PreTrainedModel:
         """The decoder without peft's wrapper; its LoRA layers act nonetheless."""
         return language_model(self.decoder)
 
@@ -69,30 +88,77 @@ class MultiModalModel(nn.Module):
     def device(self) -> torch.device:
         return self.language_model.get_input_embeddings().weight.device
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Features `[N * n, H]` of pictures `[N, 3, H, W]`, in the decoder's dtype; gradients reach the projector."""
-        with torch.no_grad():
-            vision = self.encoder(pixel_values)  # [N, n, D]
-        return self._project(vision)
+    @property
+    def num_positions(self) -> int | None:
+        """The longest text of a decoder with learned position vectors, such as GPT-2; None where nothing limits it."""
+        trunk = self.language_model.base_model
+        words = self.language_model.get_input_embeddings()
+        tables = [m for m in trunk.modules() if isinstance(m, nn.Embedding) and m is not words]
+        return self.language_model.config.max_position_embeddings if tables else None
 
-    def _project(self, vision: Tensor) -> Tensor:
-        features = self.projector(vision).flatten(0, 1)  # [N, n, D] -> [N * n, H]
+    def tune(self, decoder: bool, encoder: bool) -> None:
+        """Makes the whole decoder, or the encoder, trainable; their weights must be float32."""
+        for name, module, wanted in (("decoder", self.decoder, decoder), ("encoder", self.encoder, encoder)):
+            if wanted:
+                module.unfreeze() if name == "encoder" else module.requires_grad_(True)
+                self.holds.add(name)
+
+    def encode_images(self, pixel_values: Tensor, view_features: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Features `[M, H]` of views `[N, 3, H, W]`, one view after the other, in the decoder's dtype.
+
+        `view_features` `[N]` says how many each view has: an image `media.num_features`, a frame of a clip
+        `media.frame_features`; by default all are images. Gradients reach the projector, and the encoder if it is
+        trained.
+
+        Raises:
+            ValueError: an entry of `view_features` is neither of the two.
+        """
+        vision = self.encoder(pixel_values)  # [N, n, D]
+        whole = self.media.num_features
+        counts = [whole] * len(vision) if view_features is None else [int(count) for count in view_features]
+        if len(counts) != len(vision):
+            raise ValueError(f"view_features has {len(counts)} entries for {len(vision)} views")
+        if all(count == whole for count in counts):
+            return self._project(vision).flatten(0, 1)
+        if unknown := set(counts) - {whole, self.media.frame_features}:
+            raise ValueError(
+                f"view_features holds {sorted(unknown)}, but an image has {whole} features and a frame of a clip "
+                f"{self.media.frame_features}"
+            )
+        is_frame = torch.tensor([count != whole for count in counts], device=vision.device)
+        grid, pooling = self.encoder.grid, self.media.spec["frame_pooling"]
+        frames = iter(self._project(pool(vision[is_frame], grid, pooling), pooled_grid(grid, pooling)))
+        images = iter(self._project(vision[~is_frame]))
+        return torch.cat([next(frames if count != whole else images) for count in counts])
+
+    def _project(self, vision: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """`[N, n, D]` -> `[N, n, H]`, or n / r^2 with pixel shuffle, in the decoder's dtype."""
+        features = self.projector(vision, grid or self.encoder.grid)
         return features.to(self.language_model.get_input_embeddings().weight.dtype)
 
-    def _features(self, pixel_values: Tensor | None, features: Tensor | None) -> Tensor | None:
+    def _features(self, pixel_values: Tensor | None, features: Tensor | None, view_features=None) -> Tensor | None:
         if pixel_values is not None and features is not None:
             raise ValueError("give pixel_values or features, not both")
         if pixel_values is not None:
-            return self.encode_images(pixel_values)
+            return self.encode_images(pixel_values, view_features)
         if features is None and self.training:
-            # A batch without pictures: no feature at all, yet the projector takes part in the graph and gets zero
+            # A batch without pictures: no feature at all, yet all that is trained takes part in the graph and gets zero
             # gradients, which distributed training and a loss that depends on nothing else both need.
-            return self._project(torch.zeros(0, self.encoder.num_features, self.encoder.width, device=self.device))
+            if self.encoder.trainable:
+                return self.encode_images(torch.zeros(0, 3, *self.encoder.image_size, device=self.device))
+            vision = torch.zeros(0, self.encoder.num_features, self.encoder.width, device=self.device)
+            return self._project(vision).flatten(0, 1)
         return features
 
-    def _feature_counts(self, image_counts: Tensor | Sequence[int] | None) -> list[int] | None:
+    def _feature_counts(self, view_counts, view_features) -> list[int] | None:
         """Features per row, by which errors about placeholders name the row."""
-        return None if image_counts is None else [int(count) * self.encoder.num_features for count in image_counts]
+        if view_counts is None:
+            return None
+        counts = [int(count) for count in view_counts]
+        if view_features is None:
+            return [count * self.media.num_features for count in counts]
+        each = iter([int(count) for count in view_features])
+        return [sum(islice(each, count)) for count in counts]
 
     def forward(
         self,
@@ -101,7 +167,8 @@ class MultiModalModel(nn.Module):
         features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        image_counts: Tensor | Sequence[int] | None = None,
+        view_counts: Tensor | Sequence[int] | None = None,
+        view_features: Tensor | Sequence[int] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         position_ids: Tensor | None = None,
         **kwargs,
@@ -109,12 +176,13 @@ class MultiModalModel(nn.Module):
         """Logits of a batch, or with labels its loss.
 
         Args:
-            input_ids: `[B, T]`, each picture expanded to as many placeholders as the encoder yields features.
-            pixel_values: `[N, 3, H, W]`, pictures in the order of their placeholders (row by row); None without any.
-            features: `[N * n, H]` of `encode_images`, instead of `pixel_values`.
+            input_ids: `[B, T]`, each view expanded to as many placeholders as it has features.
+            pixel_values: `[N, 3, H, W]`, views in the order of their placeholders (row by row); None without any.
+            features: `[M, H]` of `encode_images`, instead of `pixel_values`.
             attention_mask: `[B, T]`, 0 at padding.
             labels: `[B, T]` in the coordinates of `input_ids` (the shift happens inside), -100 where unsupervised.
-            image_counts: pictures per row `[B]`; an error about placeholders can then name the row at fault.
+            view_counts: views per row `[B]`; an error about placeholders can then name the row at fault.
+            view_features: features per view `[N]`, see `encode_images`.
             num_items_in_batch: supervised tokens of the global batch, the divisor of the loss; own count by default.
             position_ids: `[B, T]`.
             kwargs: further arguments of the decoder, such as `past_key_values` or `logits_to_keep`.
@@ -126,8 +194,8 @@ class MultiModalModel(nn.Module):
             ValueError: the number of placeholders is not that of the features.
         """
         inputs = dict(
-            features=self._features(pixel_values, features),
-            feature_counts=self._feature_counts(image_counts),
+            features=self._features(pixel_values, features, view_features),
+            feature_counts=self._feature_counts(view_counts, view_features),
             attention_mask=attention_mask,
             position_ids=position_ids,
             **kwargs,
@@ -135,8 +203,8 @@ class MultiModalModel(nn.Module):
         if labels is None:
             return self.language_model(input_ids, **inputs)
         inputs["use_cache"] = False
-        hidden = self.language_model.transformer(input_ids, **inputs).last_hidden_state  # [B, T, H]
-        loss = supervised_cross_entropy(hidden, self.language_model.lm_head, labels, num_items_in_batch)
+        hidden = self.language_model.base_model(input_ids, **inputs).last_hidden_state  # [B, T, H]
+        loss = supervised_cross_entropy(hidden, Head(self.language_model), labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss)
 
     @torch.no_grad()
@@ -146,7 +214,10 @@ class MultiModalModel(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
-        image_counts: Tensor | Sequence[int] | None = None,
+        view_counts: Tensor | Sequence[int] | None = None,
+        view_features: Tensor | Sequence[int] | None = None,
+        image: MediaInput = None,
+        video: MediaInput = None,
         **kwargs,
     ) -> Tensor:
         """Continues prompts; returns the new ids alone, `[B, <= max_new_tokens]`, rows padded on the right.
@@ -155,27 +226,46 @@ class MultiModalModel(nn.Module):
             input_ids: `[B, T]` padded on the left, or a list of id lists, which is padded here. Prompts may hold
                 several turns and several pictures, or none.
             attention_mask: `[B, T]`, 0 at padding; all ones by default.
-            pixel_values: `[N, 3, H, W]`, pictures in the order of their placeholders (row by row).
-            features: `[N * n, H]` of `encode_images`, instead of `pixel_values`.
-            image_counts: pictures per row `[B]`; an error about placeholders can then name the row at fault.
+            pixel_values: `[N, 3, H, W]`, views in the order of their placeholders (row by row).
+            features: `[M, H]` of `encode_images`, instead of `pixel_values`.
+            view_counts: views per row `[B]`; an error about placeholders can then name the row at fault.
+            view_features: features per view `[N]`, see `encode_images`.
+            image, video: instead of all these, pictures and clips themselves, see `model.media_inputs`. Prompts then
+                have one placeholder for each, or none.
             kwargs: arguments of transformers' `generate`: `max_new_tokens`, `num_beams`, `do_sample`, `streamer`...
-                Generation stops at `<|im_end|>` and `<|endoftext|>` unless `eos_token_id` says otherwise.
+                Generation stops at the tokens that end an answer unless `eos_token_id` says otherwise, and where a
+                decoder with position vectors has no more of them.
 
         Raises:
-            ValueError: no prompt, rows padded on the right, or the number of placeholders is not that of the features.
+            ValueError: no prompt, rows padded on the right, one longer than the decoder has positions, or the number
+                of placeholders is not that of the features.
         """
         defaults = self._stop_tokens()
+        if image is not None or video is not None:
+            if pixel_values is not None or features is not None:
+                raise ValueError("give image and video, or pixel_values, or features, not several of them")
+            input_ids, views = expand_prompts(self, input_ids, attention_mask, image, video)
+            attention_mask, pixel_values = None, views.pixel_values.to(self.device)
+            view_features = views.features
         if not isinstance(input_ids, Tensor):
             input_ids, attention_mask = _pad_left(input_ids, defaults.get("pad_token_id", 0), self.device)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if not attention_mask[:, -1].all():
             raise ValueError("prompts must be padded on the left: a row ends in padding")
+        if (positions := self.num_positions) is not None:
+            longest = int(attention_mask.sum(-1).max())
+            if longest >= positions:
+                raise ValueError(
+                    f"a prompt has {longest} tokens, but the decoder has vectors for {positions} positions"
+                )
+            if "max_new_tokens" in kwargs:
+                kwargs["max_new_tokens"] = min(kwargs["max_new_tokens"], positions - longest)
         sequences = self.language_model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            features=self._features(pixel_values, features),
-            feature_counts=self._feature_counts(image_counts),
+            features=self._features(pixel_values, features, view_features),
+            feature_counts=self._feature_counts(view_counts, view_features),
             **{**defaults, **kwargs},
         )
         return sequences[:, input_ids.shape[1] :]
@@ -185,7 +275,7 @@ class MultiModalModel(nn.Module):
         if self.tokenizer is None:
             return {}
         return {
-            "eos_token_id": [self.tokenizer.im_end_id, self.tokenizer.eod_id],
+            "eos_token_id": self.tokenizer.stop_ids,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
@@ -281,14 +371,21 @@ class MultiModalModel(nn.Module):
             device=device,
             **kwargs,
         )
-        tokenizer_folder = spec["decoder"]["path"] if is_legacy(folder) else folder
+        tokenizer = None
+        if spec["tokenizer"]:
+            place = spec["decoder"]["path"] if is_legacy(folder) else folder
+            tokenizer = load_tokenizer(place, base.config.model_type, spec["template"])
+        rows = add_rows(base, spec["decoder"]["rows"])
+        encoder = build_encoder(**spec["encoder"], load_weights="encoder" not in spec["holds"])
         model = cls(
-            encoder=build_encoder(**spec["encoder"]),
+            encoder=encoder,
             projector=build_projector(**spec["projector"]),
             decoder=wrap_with_lora(base, LoraConfig.from_pretrained(str(folder))) if spec["adapter"] else base,
             placeholder_id=spec["placeholder_id"],
-            tokenizer=QWenTokenizer.from_pretrained(tokenizer_folder) if spec["tokenizer"] else None,
+            tokenizer=tokenizer,
             system=spec["system"],
+            media=Media(encoder, **spec["media"], pixel_shuffle=spec["projector"]["pixel_shuffle"]),
+            added_rows=rows,
         )
         load_trained(model, folder, spec)
         return model.to(device).eval()

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from visual.grid import pixel_shuffle as shuffle
+
 
 def _mlp(in_width: int, out_width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
@@ -16,7 +18,10 @@ PROJECTORS = {"mlp": _mlp, "linear": _linear}
 
 
 class Projector(nn.Module):
-    """`layers(features + position_embedding)`, in float32 parameters whatever dtype the features have.
+    """`layers(shuffle(features + position_embedding))`, in float32 parameters whatever dtype the features have.
+
+    With pixel shuffle (InternVL 1.5, https://arxiv.org/abs/2404.16821) r x r neighbouring features become one of r * r
+    times the width before the layers.
 
     Attributes:
         spec: arguments of `build_projector` that rebuild it.
@@ -29,11 +34,15 @@ class Projector(nn.Module):
         self.register_parameter("position_embedding", position_embedding)
         self.spec = spec
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Projects features `[N, n, D]` to `[N, n, H]`; float32 outside autocast.
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Projects features `[N, n, D]` to `[N, n / r^2, H]`; float32 outside autocast.
+
+        Args:
+            grid: rows and columns in which the n features lie; needed for pixel shuffle.
 
         Raises:
-            ValueError: width or number of features differ from those the projector was built for.
+            ValueError: width or number of features differ from those the projector was built for, or r does not divide
+                both sides of the grid.
         """
         expected = [self.spec["num_features"] if self.position_embedding is not None else features.shape[1],
                     self.spec["in_width"]]
@@ -42,6 +51,8 @@ class Projector(nn.Module):
         features = features.to(self.layers[0].weight.dtype)
         if self.position_embedding is not None:
             features = features + self.position_embedding
+        if self.spec["pixel_shuffle"] > 1:
+            features = shuffle(features, grid, self.spec["pixel_shuffle"])
         return self.layers(features)
 
 
@@ -52,6 +63,7 @@ def build_projector(
     *,
     num_features: int | None = None,
     position_embedding: bool = False,
+    pixel_shuffle: int = 1,
     init_std: float | None = 0.01,
 ) -> Projector:
     """Builds a projector from width `in_width` (D) to `out_width` (H) in float32.
@@ -60,6 +72,7 @@ def build_projector(
         kind: key of `PROJECTORS`: "mlp" (Linear, exact GELU, Linear) or "linear".
         num_features: feature vectors per image (n); needed with `position_embedding`.
         position_embedding: add a learned vector per feature index, zero at first, before the layers.
+        pixel_shuffle: r, so that r x r neighbouring features become one; 1: none does.
         init_std: weights are drawn from N(0, init_std) and biases are zero; None keeps PyTorch's own initialization.
 
     Raises:
@@ -69,7 +82,7 @@ def build_projector(
         raise ValueError(f"unknown projector {kind!r}; choose one of {', '.join(PROJECTORS)}")
     if position_embedding and not num_features:
         raise ValueError("position_embedding needs num_features, the number of feature vectors per image")
-    layers = PROJECTORS[kind](in_width, out_width).float()
+    layers = PROJECTORS[kind](in_width * pixel_shuffle**2, out_width).float()
     if init_std is not None:
         for layer in layers:
             if isinstance(layer, nn.Linear):
@@ -82,5 +95,6 @@ def build_projector(
         "out_width": out_width,
         "num_features": num_features,
         "position_embedding": position_embedding,
+        "pixel_shuffle": pixel_shuffle,
     }
     return Projector(layers, position, spec)

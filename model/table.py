@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from model.lora import adapted_layers
+
 
 def module_table(model: nn.Module, groups: Sequence[dict] = ()) -> str:
-    """Rows `module, parameters, trainable, dtype, LR` of a `MultiModalModel`.
+    """Rows `module, parameters, trainable, dtype, LR` of a `MultiModalModel`, and which layers LoRA adapts.
 
     Args:
         groups: optimizer groups (`model.optim.parameter_groups`); without them the LR column is empty.
@@ -16,7 +18,8 @@ def module_table(model: nn.Module, groups: Sequence[dict] = ()) -> str:
     parts["total"] = [parameter for parameters in parts.values() for parameter in parameters]
     rows = [("module", "parameters", "trainable", "dtype", "LR")]
     rows += [_row(name, parameters, rates) for name, parameters in parts.items()]
-    return text_table(rows, right=(1, 2))
+    table = text_table(rows, right=(1, 2))
+    return f"{table}\nLoRA: {', '.join(adapted_layers(model.decoder))}" if "LoRA" in parts else table
 
 
 def model_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -1,6 +1,7 @@
-"""Trains a small Qwen-1 decoder on the text of the drawn scenes and saves it with its tokenizer.
+"""Trains a small decoder on the text of the drawn scenes and saves it with its tokenizer.
 
     python -m pretrain.decoder scenes=data/scenes tokenizer=outputs/scenes/tokenizer output=outputs/scenes/decoder
+    python -m pretrain.decoder ... output=outputs/decoders/gpt2 architecture=gpt2
 
 It learns to copy first: an answer about a described scene is a word looked up in the description, and looking up is
 made of the attention heads that copying grows. Without them training stays at "any colour that occurs" for very long.
@@ -11,19 +12,22 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from omegaconf import MISSING
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from config import ConfigError, load_config
 from dataprocess.scenes import LANGUAGES, caption, conversation, draw_scene, questions
 from dataset.collator import Collator
-from dataset.record import read_records
+from dataset.record import Records, read_records
 from dataset.template import encode_record
 from model.loss import supervised_cross_entropy
 from pretrain.loop import LoopConfig, compare, is_done, optimise, save_folder
 from qwen import QWenConfig, QWenLMHeadModel, QWenTokenizer
+from qwen.tokenization_qwen import as_transformers
 
 # What suffices for the stage after this one, which goes on learning to look up; existence may still be at chance.
 EXPECTED = {"copy": 0.9, "colour": 0.75, "shape": 0.8, "position": 0.8, "existence": 0.5, "count": 0.75}
@@ -33,8 +37,10 @@ TEST_CONVERSATIONS = 400
 @dataclass
 class DecoderConfig(LoopConfig):
     scenes: str = MISSING  # folder that dataprocess.scenes wrote
+    moving: str | None = None  # folder that dataprocess.moving wrote: half of the conversations are then about clips
     tokenizer: str = MISSING  # folder of the tokenizer
     output: str = MISSING  # folder for the decoder
+    architecture: Literal["qwen", "qwen2", "gpt2"] = "qwen"  # Qwen-1, or a class of transformers
     steps: int = 540  # optimizer steps, those of copying included
     batch_size: int = 96  # conversations a step
     copy_steps: int = 100  # steps at the start in which only sequences are copied
@@ -42,53 +48,94 @@ class DecoderConfig(LoopConfig):
     hidden_size: int = 128  # width
     num_layers: int = 4  # layers
     num_heads: int = 4  # attention heads
-    seq_length: int = 512  # tokens; beyond, positions are extrapolated
+    seq_length: int = 512  # tokens; beyond, Qwen-1 extrapolates positions
 
 
-def build(config: DecoderConfig, vocab_size: int) -> QWenLMHeadModel:
+def _qwen(config: DecoderConfig) -> dict:
+    return {
+        "kv_channels": config.hidden_size // config.num_heads,
+        "intermediate_size": 2 * _mlp_rows(config),
+        "seq_length": config.seq_length,
+        "max_position_embeddings": 4 * config.seq_length,
+    }
+
+
+def _qwen2(config: DecoderConfig) -> dict:
+    return {
+        "num_key_value_heads": config.num_heads,
+        "intermediate_size": _mlp_rows(config),
+        "max_position_embeddings": config.seq_length,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def _gpt2(config: DecoderConfig) -> dict:
+    return {
+        "n_positions": config.seq_length,
+        "embd_pdrop": 0,
+        "attn_pdrop": 0,
+        "resid_pdrop": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+# Configuration, class, and what each calls in its own way.
+ARCHITECTURES = {
+    "qwen": (QWenConfig, QWenLMHeadModel, _qwen),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, _qwen2),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, _gpt2),
+}
+
+
+def _mlp_rows(config: DecoderConfig) -> int:
+    return config.hidden_size * 8 // 3 // 16 * 16  # as wide as Qwen-7B's in proportion
+
+
+def build(config: DecoderConfig, tokenizer: QWenTokenizer) -> PreTrainedModel:
     """A decoder with fresh weights."""
-    rows = config.hidden_size * 8 // 3 // 16 * 16  # as wide as Qwen-7B's in proportion
-    shape = QWenConfig(
-        vocab_size=vocab_size,
+    config_class, model_class, own = ARCHITECTURES[config.architecture]
+    shape = config_class(
+        vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
-        kv_channels=config.hidden_size // config.num_heads,
-        intermediate_size=2 * rows,
-        seq_length=config.seq_length,
-        max_position_embeddings=4 * config.seq_length,
+        **own(config),
     )
-    model = QWenLMHeadModel(shape)
+    model = model_class(shape)
     model.set_attn_implementation("eager")  # on short sequences in bfloat16 a CPU is faster with it
     return model
 
 
-def mean_loss(model: QWenLMHeadModel, batch: dict[str, Tensor]) -> Tensor:
+def mean_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Loss of the answers. Padding stands on the right, where a causal model needs no mask to ignore it."""
-    hidden = model.transformer(batch["input_ids"], use_cache=False).last_hidden_state
-    return supervised_cross_entropy(hidden, model.lm_head, batch["labels"], chunk_tokens=4096)
+    hidden = model.base_model(batch["input_ids"], use_cache=False).last_hidden_state
+    return supervised_cross_entropy(hidden, model.get_output_embeddings(), batch["labels"], chunk_tokens=4096)
 
 
 @torch.no_grad()
-def measure(model: QWenLMHeadModel, tokenizer: QWenTokenizer, copies: list[dict]) -> dict[str, float]:
-    """Share of right first tokens of answers by question type, on layouts of the test split, and of copied tokens."""
+def measure(model: PreTrainedModel, tokenizer: QWenTokenizer, records: dict[str, Records]) -> dict[str, float]:
+    """Share of right first tokens of answers by question type, on layouts of the test split; of all in `records`."""
     model.eval()
     rng, right = random.Random("measure decoder"), defaultdict(list)
     for _ in range(TEST_CONVERSATIONS):
         scene, language = draw_scene(rng, "test"), rng.choice(LANGUAGES)
         asked = questions(scene, rng, language)[:3]
         messages = conversation(asked, caption(scene, language) + "\n")
-        hits = correct(model, encode_record({"id": "", "images": [], "messages": messages}, tokenizer, 0))
+        hits = correct(model, encode_record({"id": "", "images": [], "videos": [], "messages": messages}, tokenizer, 0))
         for question, hit in zip(asked, hits, strict=True):
             right[question.type].append(hit[0])
             right[language].append(hit[0])
-    for record in copies:
-        (hit,) = correct(model, encode_record(record, tokenizer, 0))
-        right["copy"] += hit[:-1]
+    for name, own in records.items():
+        for record in own:
+            for hit in correct(model, encode_record(record, tokenizer, 0)):
+                right[name] += hit[:-1]
     return {name: sum(hits) / len(hits) for name, hits in right.items()}
 
 
-def correct(model: QWenLMHeadModel, sample: dict) -> list[list[bool]]:
+def correct(model: PreTrainedModel, sample: dict) -> list[list[bool]]:
     """For each answer of a conversation, which of its tokens the model predicts from the tokens before."""
     predicted = model(torch.tensor([sample["input_ids"]])).logits[0].argmax(-1).tolist()
     answers, inside = [], False
@@ -106,23 +153,29 @@ def main(config: DecoderConfig) -> None:
         return
     torch.manual_seed(config.seed)
     tokenizer = QWenTokenizer.from_pretrained(config.tokenizer)
-    model, collate = build(config, len(tokenizer)), Collator(tokenizer.pad_token_id)
-    texts, copies = (read_records(Path(config.scenes, f"{name}.parquet")) for name in ("text", "copy"))
+    model, collate = build(config, tokenizer), Collator(tokenizer.pad_token_id)
+    copies, texts = (read_records(Path(config.scenes, f"{name}.parquet")) for name in ("copy", "text"))
+    sources, held_out = [copies, texts], {}
+    if config.moving:
+        clips = read_records(Path(config.moving, "text.parquet"))
+        held_out["clips"] = clips[:TEST_CONVERSATIONS]
+        sources.append(clips[TEST_CONVERSATIONS:])
     rng = random.Random(config.seed)
 
     def loss_of_step(step: int) -> Tensor:
         share = 1.0 if step < config.copy_steps else config.copy_share
-        sources = rng.choices((copies, texts), (share, 1 - share), k=config.batch_size)
-        samples = [encode_record(source[rng.randrange(len(source))], tokenizer, 0) for source in sources]
-        return mean_loss(model, collate([{**sample, "pixel_values": None} for sample in samples]))
+        others = len(sources) - 1
+        drawn = rng.choices(sources, (share, *[(1 - share) / others] * others), k=config.batch_size)
+        samples = [encode_record(source[rng.randrange(len(source))], tokenizer, 0) for source in drawn]
+        return mean_loss(model, collate([{**sample, "pixel_values": None, "view_features": []} for sample in samples]))
 
     history = optimise(model, loss_of_step, config, "Decoder")
-    figures = measure(model, tokenizer, [copies[index] for index in range(100)])
+    figures = measure(model, tokenizer, {"copy": copies[:100], **held_out})
     compare("The decoder on descriptions of test scenes:", figures, EXPECTED)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        (tokenizer if config.architecture == "qwen" else as_transformers(tokenizer)).save_pretrained(folder)
 
     save_folder(config.output, config, {"reached": figures, "history": history}, write)
 

@@ -1,6 +1,7 @@
 """Makes a small Qwen-1 tokenizer in which every word of the drawn scenes is one token.
 
     python -m pretrain.tokenizer scenes=data/scenes output=outputs/scenes/tokenizer
+    python -m pretrain.tokenizer scenes=[data/scenes,data/moving] output=outputs/moving/tokenizer
 """
 
 import os
@@ -20,7 +21,7 @@ from qwen.tokenization_qwen import RANKS_FILE, pre_tokenizer, write_ranks
 
 @dataclass
 class TokenizerConfig:
-    scenes: str = MISSING  # folder that dataprocess.scenes wrote
+    scenes: list[str] = MISSING  # folders that dataprocess.scenes and dataprocess.moving wrote
     output: str = MISSING  # folder for the tokenizer, replaced as a whole
 
 
@@ -47,7 +48,8 @@ def train_ranks(words: list[str]) -> dict[bytes, int]:
 
 def make_tokenizer(config: TokenizerConfig) -> None:
     """Writes the ranks file and what `QWenTokenizer.from_pretrained` wants beside it."""
-    words = Path(config.scenes, "words.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    files = [Path(folder, "words.txt") for folder in config.scenes]
+    words = sorted({word for file in files for word in file.read_text(encoding="utf-8").rstrip("\n").split("\n")})
     output = Path(config.output)
     staged = output.with_name(output.name + ".tmp")
     shutil.rmtree(staged, ignore_errors=True)

@@ -1,8 +1,9 @@
 """Qwen-1 for current transformers: configuration, modelling, tokenizer, and the patched forward."""
 
 from .configuration_qwen import QWenConfig
+from .injection import inject, multimodal
 from .modeling_qwen import QWenLMHeadModel, QWenModel
-from .multimodal_qwen import MultimodalQWenLMHeadModel, MultimodalQWenModel, inject
+from .multimodal_qwen import MultimodalQWenLMHeadModel, MultimodalQWenModel
 from .tokenization_qwen import QWenTokenizer
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "QWenModel",
     "QWenTokenizer",
     "inject",
+    "multimodal",
 ]

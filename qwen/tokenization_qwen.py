@@ -108,6 +108,8 @@ class QWenTokenizer(PreTrainedTokenizerFast):
 
     vocab_files_names = {"vocab_file": RANKS_FILE, "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
+    template = "chatml"  # how `dataset.template` delimits turns
+    begin_ids = ()  # nothing precedes a text
 
     def __init__(self, vocab_file: str | None = None, tokenizer_file: str | None = None, **kwargs):
         if tokenizer_file is not None:
@@ -138,6 +140,10 @@ class QWenTokenizer(PreTrainedTokenizerFast):
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` in which nothing is a special token: `<|im_start|>` is the characters it is made of."""
         return self._plain_backend.encode(text, add_special_tokens=False).ids
+
+    def encode_control(self, text: str) -> list[int]:
+        """Ids of `text` in which control tokens are what they stand for; for texts of templates alone."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _encode_without_added_tokens(self, text: str) -> list[int]:
         # The inherited method switches the parsing of special tokens off and on in the backend all threads share.
@@ -172,3 +178,13 @@ class QWenTokenizer(PreTrainedTokenizerFast):
     def stop_ids(self) -> list[int]:
         """Ids that end an answer, for `generate(eos_token_id=...)`."""
         return [self.im_end_id, self.eod_id]
+
+
+def as_transformers(tokenizer: QWenTokenizer) -> PreTrainedTokenizerFast:
+    """The same vocabulary as a class of transformers, for decoders that are not Qwen-1."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        model_input_names=["input_ids", "attention_mask"],
+    )

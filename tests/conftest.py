@@ -59,7 +59,7 @@ class Tiny:
             if text_only:
                 messages[0]["content"] = "Name a colour."
             made.append({
-                "id": f"r{number}", "source": "tiny", "images": [] if text_only else [f"{colour}.png"],
+                "id": f"r{number}", "source": "tiny", "images": [] if text_only else [f"{colour}.png"], "videos": [],
                 "messages": messages, "meta": {"type": "text" if text_only else "colour", "language": "en"},
             })  # fmt: skip
         return made

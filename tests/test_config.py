@@ -72,12 +72,12 @@ def test_ambiguous_key_lists_the_candidates():
         ("lora.r=1.5", "model.lora.r expects int, got 1.5"),
         ("lora_lr=high", "train.lora_lr expects float, got 'high'"),
         ("bf16=perhaps", "train.bf16 expects true or false, got 'perhaps'"),
-        ("encoder.kind=resnet", "model.encoder.kind expects one of clip, siglip, open_clip, timm, got 'resnet'"),
+        ("encoder.kind=resnet", "kind expects one of clip, siglip, vit, open_clip, timm or null, got 'resnet'"),
         ("seed=null", "train.seed expects int, got None"),
         ("save_total_limit=x", "train.save_total_limit expects int or null, got 'x'"),
         ("data.train={a: 1}", "data.train expects a list of str"),
         ("gradient_accumulation_steps=0", "train.gradient_accumulation_steps must be at least 1, got 0"),
-        ("lora.r=-1", "model.lora.r must be a rank, or 0 for no adapter, got -1"),
+        ("lora.r=-1", "model.lora.r is a rank, at least 1, got -1; model.tune=projector has no adapter"),
     ],
 )
 def test_wrong_type_names_key_and_expectation(argument, message):
@@ -86,9 +86,37 @@ def test_wrong_type_names_key_and_expectation(argument, message):
 
 def test_malformed_arguments():
     assert "neither key=value nor --key value" in error("lora_lr")
-    assert "--bf16 needs a value" in error("--bf16")
-    assert "--bf16 needs a value" in error("--bf16", "--seed", "1")
+    assert "--seed needs a value" in error("--seed")
+    assert "--seed needs a value" in error("--seed", "--bf16", "true")
+    assert "--config needs a value" in error("--config")
     assert "can't parse" in error("lora.r=[1")
+
+
+def test_a_truth_needs_no_value():
+    loaded = load("--bf16", "--seed", "3", "--gradient_checkpointing")
+    assert loaded.train.bf16 and loaded.train.gradient_checkpointing and loaded.train.seed == 3
+
+
+def test_names_of_other_scripts():
+    arguments = ["--train_file", "a.json", "--validation_file", "b.csv", "--data_dir", "d", "--output_dir", "o"]
+    arguments += ["--pretrained_text_model", "gpt2", "--pretrained_vision_model", "vit", "--learning_rate", "5e-5"]
+    loaded = load_config(arguments)
+    assert (loaded.data.train, loaded.data.validation, loaded.data.image_root) == (["a.json"], ["b.csv"], "d")
+    assert (loaded.model.decoder, loaded.model.encoder.path, loaded.model.encoder.kind) == ("gpt2", "vit", None)
+    assert loaded.train.lora_lr == loaded.train.decoder_lr == 5e-5 != loaded.train.projector_lr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune=decoder", "model.dtype=bfloat16"], "trains these weights: model.dtype must be float32, got bfloat16"),
+        (["tune=all", "encoder.dtype=float16"], "model.encoder.dtype must be float32, got float16"),
+        (["tune=decoder", "quantization=nf4"], "model.tune=decoder trains the decoder, which can't be quantized (nf4)"),
+        (["--bf16", "--fp16"], "train.bf16 and train.fp16 exclude each other"),
+    ],
+)
+def test_values_that_exclude_each_other(arguments, message):
+    assert message in error(*arguments)
 
 
 def test_required_keys_are_named():
@@ -142,7 +170,7 @@ def test_every_key_has_a_comment_and_help_prints_it(capsys):
         load_config(["--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    assert "model.lora.r = 128\n    rank; 0: no adapter" in printed
+    assert "model.lora.r = 128\n    rank" in printed
     assert "model.decoder = (required)" in printed
 
 

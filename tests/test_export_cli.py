@@ -13,9 +13,12 @@ from transformers import AutoProcessor, AutoTokenizer
 import export
 import inference
 from model import MultiModalModel
+from model.decoder import add_rows, load_decoder
 from model.lora import add_lora
 from model.projector import build_projector
+from model.tokenizer import load_tokenizer
 from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
+from tests.model.families import make_decoder
 from visual import build_encoder
 
 SYSTEM = "Be brief. 简短。"
@@ -150,3 +153,26 @@ def test_bad_input_ends_the_script_with_one_line(tiny, tmp_path):
     assert result.stderr.strip().splitlines()[-1] == (
         f"export.py: --output {tmp_path}/full exists and is no empty folder; name a new one or empty it"
     )
+
+
+def test_a_decoder_of_transformers(tiny, tmp_path, monkeypatch, capsys):
+    """Every format of a model on a Llama, and what each says about it."""
+    torch.manual_seed(0)
+    decoder = load_decoder(make_decoder("llama", tmp_path / "llama", "<|im_start|>", "<|im_end|>"), "float32")
+    tokenizer = load_tokenizer(tmp_path / "llama", "llama")
+    rows = add_rows(decoder, tokenizer.placeholder_id + 1)
+    encoder = build_encoder("clip", str(tiny.folder / "encoder"), layer="penultimate")
+    projector = build_projector("mlp", encoder.width, decoder.config.hidden_size, init_std=0.3)
+    decoder = add_lora(decoder, r=4, alpha=8)
+    model = MultiModalModel(encoder, projector, decoder, tokenizer.placeholder_id, tokenizer, SYSTEM, added_rows=rows)
+    model.save_pretrained(tmp_path / "run")
+    arguments = ["--checkpoint_path", tmp_path / "run", "--format"]
+    run(monkeypatch, export, *arguments, "llava", "--output", tmp_path / "llava")
+    printed = capsys.readouterr().out
+    assert "A clip is given to it as the images of its frames" in printed and "Qwen-1" not in printed
+    run(monkeypatch, export, *arguments, "merged", "--output", tmp_path / "merged")
+    expected = ask(monkeypatch, capsys, tiny, tmp_path / "run")
+    assert ask(monkeypatch, capsys, tiny, tmp_path / "merged") == expected
+    with pytest.raises(ValueError, match="format qwen2 converts Qwen-1; this decoder is a llama"):
+        run(monkeypatch, export, *arguments, "qwen2", "--output", tmp_path / "qwen2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "llava", "merged", "run"]

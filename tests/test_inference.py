@@ -42,7 +42,7 @@ def test_streamed_answer_equals_generate(chat, tiny, capsys):
         "messages": [{"role": "user", "content": "<image>\nWhat colour is it?"}, {"role": "assistant", "content": "x"}],
     }  # fmt: skip
     prompt = inference.encode_prompt(record["messages"][:1], chat.model.tokenizer, 4, "Be brief.")
-    image = inference.load_image(tiny.folder / "images/red.png")
+    image = tiny.folder / "images/red.png"
     ids = chat.model.generate([prompt], pixel_values=chat.model.encoder.preprocess([image]), max_new_tokens=6)
     assert chat.model.tokenizer.decode(ids[0], skip_special_tokens=True) == answer
 
@@ -77,7 +77,7 @@ def test_history_and_pictures_stay_until_cleared(chat, tiny):
     chat.add_image(blue)
     chat.ask("Two?", stream=False)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
-    assert len(chat.features) == 2 and chat.waiting == 0
+    assert len(chat.features) == 2 and chat.waiting == []
     prompt = inference.encode_prompt(chat.messages[:-1], chat.model.tokenizer, 4, "Be brief.")
     assert prompt.count(chat.model.placeholder_id) == 2 * 4
     as_text = [{"role": "user", "content": "<image>\nOne?"}, {"role": "assistant", "content": first},
@@ -103,10 +103,10 @@ def test_conversation_commands(chat, tiny, monkeypatch, capsys):
     typed = f"hello\n/image {picture}\n/image missing.png\n/what\n\nagain\n/clear\nnew\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     asked = []
-    monkeypatch.setattr(chat, "ask", lambda text: asked.append((text, chat.waiting)))
+    monkeypatch.setattr(chat, "ask", lambda text: asked.append((text, list(chat.waiting))))
     converse(chat)
     output = capsys.readouterr().out
-    assert asked == [("hello", 0), ("again", 1), ("new", 0)]
+    assert asked == [("hello", []), ("again", ["image"]), ("new", [])]
     assert "missing.png" in output and "unknown command /what" in output
     monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\nnever\n"))
     converse(chat)

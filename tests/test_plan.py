@@ -142,7 +142,7 @@ def test_optimizer_state_is_that_of_the_optimizers(size):
 
 
 def test_quantized_weights_are_as_large_as_those_of_bitsandbytes(arguments):
-    config = load_config([*arguments(**SMALL), "model.dtype=float32", "lora.r=0"])
+    config = load_config([*arguments(**SMALL), "model.dtype=float32", "tune=projector"])
     sizes = {}
     for quantization in ("none", "nf4", "int8"):
         model = build_empty_model(config.model)
@@ -198,7 +198,7 @@ def test_encoders_are_built_without_weights(kind, options):
         (["decoder=/nowhere/qwen"], "model.decoder: there is no /nowhere/qwen/config.json"),
         (["encoder.path=/nowhere/siglip"], "model.encoder.path: there is no /nowhere/siglip/config.json"),
         (["max_length=729"], "max_length is 729, but a picture alone takes 729 tokens"),
-        (["lora.targets=[query]"], "LoRA targets .'query'. match no linear module"),
+        (["lora.targets=[query]"], "LoRA targets .'query'. match no linear layer"),
         (["encoder.kind=clip"], "needs a clip_vision_model"),
         (["--gpu_memry", "24"], "unknown key 'gpu_memry'"),
         (["--plan=true"], "--plan takes no value, got --plan=true"),
@@ -214,7 +214,7 @@ def test_bad_input_is_one_clear_line(arguments, extra, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"model_type": "llama"}', "'llama', expected Qwen-1"),
+        ('{"model_type": "clip"}', "'clip', expected a decoder"),
         ('{"model_type": "qwen", "hidden_size": "big"}', "'hidden_size' expected int, got str"),
         ('{"model_type"', "not a valid JSON file"),
         ('{"model_type": "qwen", "quantization_config": {"quant_method": "gptq", "bits": 4}}', "quantized by 'gptq'"),

@@ -257,7 +257,8 @@ def test_table_of_modules_is_printed_first(tiny, tmp_path, capsys):
     train(tiny.config(tmp_path / "run", "max_steps=1"))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["module", "encoder", "projector", "decoder", "LoRA", "total"]
-    assert lines[6] == f"Starting a new run in {tmp_path}/run"
+    assert lines[6] == "LoRA: c_attn, w1, w2"
+    assert lines[7] == f"Starting a new run in {tmp_path}/run"
 
 
 def test_finished_run_says_so(tiny, reference, monkeypatch, capsys):
@@ -358,13 +359,13 @@ def test_a_run_can_start_from_trained_weights(tiny, reference, tmp_path):
     assert torch.equal(model.projector.layers[0].weight, trained["layers.0.weight"])
     with pytest.raises(ConfigError, match=r"LoRA r: 4 in the checkpoint, 2 in the model"):
         train(tiny.config(tmp_path / "run", f"model.checkpoint={reference}", "lora.r=2"))
-    plain = build_model(tiny.config(tmp_path, "lora.r=0").model)
+    plain = build_model(tiny.config(tmp_path, "tune=projector").model)
     plain.save_pretrained(tmp_path / "projector_only")
     second = build_model(tiny.config(tmp_path, f"model.checkpoint={tmp_path}/projector_only").model)
     assert torch.equal(second.projector.layers[0].weight, plain.projector.layers[0].weight)
     assert any(".lora_" in name for name, _ in second.named_parameters())
     with pytest.raises(ValueError, match="adapter: True in the checkpoint, False in the model"):
-        build_model(tiny.config(tmp_path, f"model.checkpoint={reference}", "lora.r=0").model)
+        build_model(tiny.config(tmp_path, f"model.checkpoint={reference}", "tune=projector").model)
     with pytest.raises(ConfigError, match="model.checkpoint: there is no folder .*/gone"):
         train(tiny.config(tmp_path / "run", "model.checkpoint=gone"))
 

@@ -327,7 +327,9 @@ def _upright(frame: VideoFrame, name: str) -> Image.Image:
     """A decoded frame in RGB, turned as its display matrix says."""
     check_pixels(frame.width, frame.height, name)
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24")))
+    # Threads of the scaler would be missing in a process that is forked later, such as a loader's worker.
+    array = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1)
+    image = to_rgb(Image.fromarray(array))
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return image

@@ -33,6 +33,11 @@ def test_sources_and_defaults(write):
     assert (config.output, config.image_root, config.seed) == ("data/records", None, 0)
 
 
+def test_a_table_needs_no_images(write):
+    config = load_config(write("sources: [{format: table, annotations: a.json}]"))
+    assert config.sources[0].images is None
+
+
 def test_overrides(write):
     config = load_config(
         write(SOURCES), ["seed=7", "validation=0.5", "sources.1.captions=all", "image_root=null", "output=x=y"]
@@ -79,6 +84,7 @@ def test_old_outputs_are_a_source_where_there_is_no_other(write):
         (SOURCES, ["sources.0.format=lava"], "unknown format 'lava' .did you mean 'llava'"),
         (SOURCES, ["sources.0.format=null"], "unknown format None; known are"),
         (SOURCES, ["sources.0.images=null"], r"sources.0 \(llava\): images is missing"),
+        (SOURCES, ["sources.0.format=table", "sources.0.annotations=null"], r"\(table\): annotations is missing"),
         (SOURCES, ["sources.0.images=nowhere"], "sources.0: images: there is no folder nowhere"),
         (SOURCES, ["sources.1.annotations=no.json"], "sources.1: annotations: there is no file no.json"),
         (SOURCES, ["sources.1.captions=some"], "captions must be all or one, got 'some'"),

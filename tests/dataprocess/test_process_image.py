@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dataprocess.config import check_config
+from dataprocess.moving import write_clip
 from dataprocess.process_image import process
 from dataset.record import read_records
 
@@ -96,6 +97,37 @@ def test_bytes_depend_on_the_seed_and_not_on_workers(data):
     assert outcome(workers=4) == first
     other = outcome(workers=4, seed=1)
     assert other["train.parquet"] != first["train.parquet"]
+
+
+def test_videos_and_texts(data, capsys):
+    """Of three clips, two of which are copies, one is no video; a table of texts needs no folder."""
+    (data / "films").mkdir()
+    frames = [Image.new("RGB", (16, 16), (number, 0, 0)) for number in (0, 120, 240)]
+    write_clip(frames, 4, data / "films" / "a.mp4")
+    write_clip(frames[::-1], 4, data / "films" / "b.mp4")
+    (data / "films" / "copy.mp4").write_bytes((data / "films" / "a.mp4").read_bytes())
+    (data / "films" / "bad.mp4").write_text("no video")
+    names = ["a.mp4", "b.mp4", "copy.mp4", "bad.mp4", "gone.mp4"]
+    rows = [{"video": name, "instruction": "What happens?", "answer": str(n)} for n, name in enumerate(names)]
+    (data / "films.json").write_text(json.dumps(rows))
+    (data / "texts.csv").write_text("text\nOnce.\nTwice.\n")
+    sources = [
+        {"format": "table", "annotations": f"{data}/films.json", "images": f"{data}/films"},
+        {"format": "table", "annotations": f"{data}/texts.csv"},
+    ]
+    report = process(config(data, sources=sources, image_root=str(data)))
+    films = report["sources"]["films"]
+    assert (films["read"], films["kept"]) == (5, 3)
+    assert {reason: entry["count"] for reason, entry in films["dropped"].items()} == {
+        "video missing": 1, "video unreadable": 1,
+    }  # fmt: skip
+    assert sum(report["videos"].values()) == 2 and sum(report["images"].values()) == 0
+    records = records_of(data)
+    seen = {name: {path for record in records[name] for path in record["videos"]} for name in records}
+    assert seen["train"] | seen["validation"] == {"films/a.mp4", "films/b.mp4", "films/copy.mp4"}
+    assert any({"films/a.mp4", "films/copy.mp4"} <= paths for paths in seen.values())  # copies stay on one side
+    assert sum(len(r) for r in records.values()) == 5
+    assert " videos, paths relative to" in capsys.readouterr().out
 
 
 def test_image_root(data):

@@ -91,6 +91,55 @@ def test_llava_reads_lines_too(read):
     assert len(read("llava", "\n".join([json.dumps(row)] * 3), "final_data.jsonl")) == 3
 
 
+def talk(*values: str, **fields) -> dict:
+    speakers = ("human", "gpt")
+    turns = [{"from": speakers[i % 2], "value": value} for i, value in enumerate(values)]
+    return {"id": "x", **fields, "conversations": turns}
+
+
+def test_sharegpt_4o_as_published(read):
+    """`final_data.jsonl`: one image, several, a video, or none; columns of their sizes beside them."""
+    rows = [
+        talk("<image>\nText?", "T", image="images/00000000.jpg", width=897, height=1152),
+        talk("A. <image>\nB. <image>", "A", "And <image>?", "B", image=["a.png", "b.png", "c.png"], width_list=[1] * 3),
+        talk("<video>\nDescribe.", "D", video="000001_000050/1066682446.mp4"),
+        talk("<image> like <video>?", "No", image="a.png", video="v.mp4"),
+        talk("Hi", "Ho"),
+    ]
+    records = read("llava", "\n".join(map(json.dumps, rows)), "final_data.jsonl", images=f"{read.folder}/image")
+    assert [len(record["images"]) for record in records] == [1, 3, 0, 1, 0]
+    assert [len(record["videos"]) for record in records] == [0, 0, 1, 1, 0]
+    assert records[0]["images"] == [f"{read.folder}/image/images/00000000.jpg"]
+    assert records[2]["videos"] == [f"{read.folder}/image/000001_000050/1066682446.mp4"]
+    assert dialogue(records[1])[2:] == [("user", "And <image>?"), ("assistant", "B")]
+
+
+def test_chat_json_of_the_llava_pretraining(read):
+    rows = [talk("Give a short summary.\n<image>", "a cat", image="GCC_train_002582585.jpg")]
+    (record,) = read("llava", rows, "chat.json", images=f"{read.folder}/images_dl")
+    assert record["images"] == [f"{read.folder}/images_dl/GCC_train_002582585.jpg"]
+    assert dialogue(record) == [("user", "Give a short summary.\n<image>"), ("assistant", "a cat")]
+
+
+def test_image_placeholder_stands_for_a_video_where_there_is_no_image(read):
+    film, both = read("llava", [
+        talk("<image>\nWhat happens?", "It falls.", video="v.mp4"),
+        talk("<image>\nWhat happens?", "It falls.", video="v.mp4", image="a.jpg"),
+    ])  # fmt: skip
+    assert dialogue(film)[0] == ("user", "<video>\nWhat happens?") and film["videos"] == [f"{read.images}/v.mp4"]
+    assert both.reason == "placeholders" and "0 <video> in its user turns for 1 videos" in str(both)
+
+
+def test_llava_placeholders_must_fit(read):
+    results = read("llava", [
+        talk("What is it?", "A cat.", image="a.jpg"),
+        talk("<image>", "A cat.", image=["a.jpg", "b.jpg"]),
+        talk("<image>", "A cat."),
+    ])  # fmt: skip
+    assert [reason for reason, _ in faults(results)] == ["placeholders"] * 3
+    assert "'src:0': 0 <image> in its user turns for 1 images; write one" in str(results[0])
+
+
 def test_llava_row_faults(read):
     def row(*values, **fields):
         speakers = ("human", "gpt")
@@ -196,12 +245,22 @@ def test_messages_read_our_own_records(read):
 
 
 def test_messages_faults(read):
-    film = {**MESSAGES[1], "videos": ["v.mp4"]}
+    film, song = {**MESSAGES[1], "videos": ["v.mp4"]}, {**MESSAGES[1], "audios": ["a.wav"]}
     question = {"messages": MESSAGES[1]["messages"][:1]}
-    results = read("messages", [film, {**MESSAGES[1], "tools": "x"}, {**MESSAGES[0], "images": "a.jpg"}, {}, question])
+    tools, single = {**MESSAGES[1], "tools": "x"}, {**MESSAGES[0], "images": "a.jpg"}
+    results = read("messages", [film, song, tools, single, {}, question])
     reasons = [reason for reason, _ in faults(results)]
-    assert reasons == ["media", "fields", "placeholders", "malformed row", "no answer"]
-    assert "unknown field 'tools'" in str(results[1])
+    assert reasons == ["placeholders", "media", "fields", "placeholders", "malformed row", "no answer"]
+    assert "0 <video> in its user turns for 1 videos" in str(results[0])
+    assert "unknown field 'tools'" in str(results[2])
+
+
+def test_messages_with_videos_and_plain_text(read):
+    film = {"messages": [{"role": "user", "content": "<video>?"}, MESSAGES[0]["messages"][1]], "videos": ["f/v.mp4"]}
+    text = {"messages": [{"role": "text", "content": "Once <image>"}], "images": ["a.jpg"]}
+    film, text = read("messages", [film, text])
+    assert film["videos"] == [f"{read.images}/f/v.mp4"] and film["images"] == []
+    assert dialogue(text) == [("text", "Once <image>")] and text["images"] == [f"{read.images}/a.jpg"]
 
 
 IMAGE_MAP = {
@@ -243,3 +302,35 @@ def test_image_map(read):
 def test_a_file_of_another_format_is_an_error_that_names_it(read, format, content, message):
     with pytest.raises(ValueError, match=f"file.json: .*{message}"):
         read(format, content)
+
+
+TABLE = """image,instruction,answer,text
+a.jpg,What is it?,A cat.,
+,,,Once upon a time.
+a.jpg,What is it?,,
+"""
+
+
+def test_table(read):
+    cat, text, fault = read("table", TABLE, "t.csv")
+    assert dialogue(cat) == [("user", "<image>\nWhat is it?"), ("assistant", "A cat.")]
+    assert (cat["id"], cat["source"], cat["images"]) == ("src:0", "src", [f"{read.images}/a.jpg"])
+    assert dialogue(text) == [("text", "Once upon a time.")] and text["id"] == "src:1"
+    assert fault.reason == "nothing to learn" and "'src:2'" in str(fault)
+    rows = [{"video": ["v.mp4", "w.mp4"], "text": "left", "answer": "right"}, "text", {"picture": "a.jpg"}]
+    film, *errors = read("table", rows)
+    assert film["videos"] == [f"{read.images}/v.mp4", f"{read.images}/w.mp4"]
+    assert [error.reason for error in errors] == ["malformed row", "fields"]
+
+
+def test_table_without_a_folder(read):
+    cat, text, _ = read("table", TABLE, "t.csv", images=None)
+    assert cat.reason == "media" and "set `images` of the source" in str(cat)
+    assert dialogue(text) == [("text", "Once upon a time.")]
+
+
+def test_a_table_in_another_format_is_an_error_that_names_it(read):
+    with pytest.raises(ValueError, match="file.csv, line 2: 1 cells for 2 columns"):
+        read("table", "text,answer\nx\n", "file.csv")
+    with pytest.raises(ValueError, match="file.txt: rows are read from"):
+        read("table", "x", "file.txt")

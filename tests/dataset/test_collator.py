@@ -10,9 +10,11 @@ from dataset.collator import Collator
 PAD = 99
 
 
-def sample(length: int, images: int, value: float = 0.0) -> dict:
-    pixels = torch.full((images, 3, 2, 2), value) if images else None
-    return {"input_ids": list(range(1, length + 1)), "labels": [-100] * (length - 1) + [length], "pixel_values": pixels}
+def sample(length: int, views: int, value: float = 0.0, features: int = 1) -> dict:
+    pixels = torch.full((views, 3, 2, 2), value) if views else None
+    labels = [-100] * (length - 1) + [length]
+    ids = list(range(1, length + 1))
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels, "view_features": [features] * views}
 
 
 @pytest.mark.parametrize(("side", "multiple", "width"), [("right", None, 5), ("left", None, 5), ("left", 4, 8)])
@@ -30,16 +32,17 @@ def test_padding(side, multiple, width):
             assert (batch[name][row, rest] == value).all()
 
 
-def test_images_are_concatenated_row_by_row():
-    batch = Collator(PAD)([sample(2, 2, 1.0), sample(2, 0), sample(2, 1, 3.0)])
-    assert batch["image_counts"].tolist() == [2, 0, 1] and batch["image_counts"].dtype == torch.int64
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1.0, 1.0, 3.0]
+def test_views_are_concatenated_row_by_row():
+    batch = Collator(PAD)([sample(2, 2, 1.0, 7), sample(2, 0), sample(2, 3, 3.0, 5)])
+    assert batch["view_counts"].tolist() == [2, 0, 3] and batch["view_counts"].dtype == torch.int64
+    assert batch["view_features"].tolist() == [7, 7, 5, 5, 5] and batch["view_features"].dtype == torch.int64
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1.0, 1.0, 3.0, 3.0, 3.0]
 
 
-def test_batch_without_images_has_no_pixel_values():
+def test_batch_without_views_has_no_pixel_values():
     batch = Collator(PAD)([sample(2, 0), sample(3, 0)])
-    assert batch["image_counts"].tolist() == [0, 0]
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "image_counts"}
+    assert batch["view_counts"].tolist() == [0, 0]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "view_counts"}
 
 
 def test_wrong_arguments():
@@ -64,6 +67,7 @@ def test_golden_batches(case, n):
             "input_ids": ids,
             "labels": [-100] * (len(ids) - answer) + ids[-answer:],
             "pixel_values": torch.zeros(1, 3, 2, 2),
+            "view_features": [n],
         })  # fmt: skip
     batch = Collator(eod)(samples)
     assert torch.equal(batch["labels"], io["labels"])

@@ -34,6 +34,8 @@ RECORDS = [
     make(0, meta={"language": "zh", "objects": 3}),
     make(1, images=[], messages=turns("user", "hi", "assistant", "<|im_start|> ok")),
     make(2, images=["x.png", "y.png"], messages=turns(*LONG)),
+    make(3, videos=["v.mp4"], messages=turns("user", "<video> <image>", "assistant", "Yes.")),
+    make(4, messages=turns("text", "A cat <image> sleeps.")),
 ]
 
 
@@ -43,14 +45,14 @@ def test_record_needs_no_torch():
 
 
 def test_parquet_round_trip(tmp_path):
-    assert write_records(iter(RECORDS), tmp_path / "new" / "r.parquet") == 3
+    assert write_records(iter(RECORDS), tmp_path / "new" / "r.parquet") == 5
     records = read_records(tmp_path / "new" / "r.parquet")
     assert list(records) == [complete(record) for record in RECORDS]
     assert [records[i] for i in (0, 1, 2, -1)] == [complete(RECORDS[i]) for i in (0, 1, 2, -1)]
-    assert [r["id"] for r in records[1:]] == ["r1", "r2"] and [r["id"] for r in records[::-2]] == ["r2", "r0"]
+    assert [r["id"] for r in records[3:]] == ["r3", "r4"] and [r["id"] for r in records[::-2]] == ["r4", "r2", "r0"]
     assert len(records[2:1]) == 0
     with pytest.raises(IndexError):
-        records[3]
+        records[5]
 
 
 def test_many_blocks_round_trip(tmp_path, monkeypatch):
@@ -137,6 +139,13 @@ def test_missing_and_foreign_files(tmp_path):
         ({"messages": turns("user", "<image>", "system", "x")}, "roles", "'system' after 'user'"),
         ({"messages": turns("user", "<image>", "assistant", " \n")}, "empty answer", "message 1"),
         ({"messages": turns("user", "x", "assistant", "<image>")}, "placeholders", "images stand in user turns only"),
+        ({"messages": turns("system", "<video>")}, "placeholders", "<video> in a system turn; videos stand in user"),
+        ({"videos": ["v.mp4"]}, "placeholders", "0 <video> in its user turns for 1 videos; .* each video belongs"),
+        ({"messages": turns("user", "<image><video>")}, "placeholders", "1 <video> in its user turns for 0 videos"),
+        ({"messages": turns("text", "no picture")}, "placeholders", "0 <image> in its text for 1 images"),
+        ({"messages": turns("text", " <image> ")}, "empty text", "message 0 is a plain text without words"),
+        ({"messages": turns("text", "<image>", "assistant", "x")}, "roles", "message 0 has role 'text', which is for"),
+        ({"messages": turns("user", "<image>", "text", "x")}, "roles", "message 1 has role 'text', which is for"),
     ],
 )
 def test_broken_records_are_refused(change, reason, message):

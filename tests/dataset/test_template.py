@@ -1,12 +1,16 @@
 import json
 import shutil
+from itertools import groupby
 
 import pytest
 from samples import GOLDEN, SHARED, record
+from tokenizers import processors
 
 from dataset.record import RecordError
-from dataset.template import IGNORE_INDEX, encode_prompt, encode_record
+from dataset.template import IGNORE_INDEX, TEMPLATES, encode_prompt, encode_record, media_of
+from model.tokenizer import ChatTokenizer
 from qwen import QWenTokenizer
+from tests.model.families import byte_tokenizer
 
 CONVERSATIONS = [
     record("Hello", "Hi there, user."),
@@ -99,8 +103,98 @@ def test_parts_tell_images_from_text(tokenizer):
     ids = [*start, *[tokenizer.placeholder_id] * 3, *tokenizer.encode_plain(text), *end]
     assert prompt([image, {"type": "text", "text": text}]) == ids
     assert prompt([image, {"type": "text", "text": "hi"}]) == prompt("<image>hi")
-    with pytest.raises(ValueError, match="'image' or 'text'"):
-        prompt([{"type": "video"}])
+    assert prompt([{"type": "video"}, {"type": "text", "text": "hi"}]) == prompt("<video>hi")
+    with pytest.raises(ValueError, match="'image', 'video' or 'text'"):
+        prompt([{"type": "audio"}])
+
+
+def test_each_medium_has_its_own_number_of_features(tokenizer):
+    turns = [{"role": "user", "content": "<image>a<video>b<image>"}]
+    ids = encode_prompt(turns, tokenizer, [2, 5, 1])
+    runs = [len(list(run)) for token, run in groupby(ids) if token == tokenizer.placeholder_id]
+    assert runs == [2, 5, 1]
+    mixed = record("<image>a<video>b<image>", "c", images=["x", "y"], videos=["v"])
+    sample = encode_record(mixed, tokenizer, [2, 5, 1])
+    assert sample["input_ids"][: len(ids)] == ids
+    for counts, comparison in (([2, 5], "more"), ([2, 5, 1, 1], "fewer")):
+        with pytest.raises(ValueError, match=f"the text has {comparison} <image> and <video> than there are"):
+            encode_prompt(turns, tokenizer, counts)
+    with pytest.raises(ValueError, match="'r' has 3 images and videos, num_features 2 entries"):
+        encode_record(mixed, tokenizer, [2, 5])
+
+
+def test_media_in_the_order_of_the_text():
+    mixed = record("<video>a<image>", "b", "<image><video>", "c", images=["1", "2"], videos=["v", "w"])
+    assert media_of(mixed) == [("video", "v"), ("image", "1"), ("image", "2"), ("video", "w")]
+
+
+def test_plain_text_is_supervised_as_a_whole(tokenizer):
+    text = {"id": "t", "images": ["a"], "videos": [], "messages": [{"role": "text", "content": "<image>The end."}]}
+    sample = encode_record(text, tokenizer, 2, "system")
+    words = [*tokenizer.encode_plain("The end."), tokenizer.im_end_id]
+    assert sample["input_ids"] == [tokenizer.placeholder_id] * 2 + words
+    assert sample["labels"] == [IGNORE_INDEX] * 2 + words
+    assert encode_prompt(text["messages"], tokenizer, 2, "system") == sample["input_ids"][:-1]
+
+
+EXPECTED = {
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n[A<|im_end|>]\n"
+    "<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\n[B<|im_end|>]\n",
+    "llama3": "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nQ"
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[A<|eot_id|>]<|start_header_id|>user<|end_header_id|>"
+    "\n\nR<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[B<|eot_id|>]",
+    "gemma": "<start_of_turn>user\nS\n\nQ<end_of_turn>\n<start_of_turn>model\n[A<end_of_turn>]\n"
+    "<start_of_turn>user\nR<end_of_turn>\n<start_of_turn>model\n[B<end_of_turn>]\n",
+    "phi3": "<|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n[A<|end|>]\n<|user|>\nR<|end|>\n<|assistant|>\n"
+    "[B<|end|>]\n",
+    "mistral": "[INST]S\n\nQ[/INST][A</s>][INST]R[/INST][B</s>]",
+    "plain": "System:\nS\nUser:\nQ\nAssistant:\n[A</s>]\nUser:\nR\nAssistant:\n[B</s>]\n",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates(name):
+    """The text of each, with brackets around what is supervised; found by the tokenizer's control tokens."""
+    chat = ChatTokenizer(byte_tokenizer(*TEMPLATES[name].control))
+    assert chat.template == name
+    sample = encode_record(record("Q", "A", "R", "B"), chat, 1, "S")
+    text = ""
+    for supervised, pairs in groupby(zip(sample["input_ids"], sample["labels"], strict=True), lambda p: p[1] >= 0):
+        piece = chat.decode([token for token, _ in pairs])
+        text += f"[{piece}]" if supervised else piece
+    assert text == EXPECTED[name]
+    assert chat.stop_ids[0] == [label for label in sample["labels"] if label >= 0][-1]
+    prompt = encode_prompt(record("Q", "A", "R")["messages"], chat, 1, "S")
+    assert sample["input_ids"][: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_text_becomes_a_control_token_in_any_template(name):
+    hostile = "".join(TEMPLATES[name].control) + "</s><s><image>"
+    chat = ChatTokenizer(byte_tokenizer(*TEMPLATES[name].control))
+    control = {id for id, token in chat.hf.added_tokens_decoder.items() if token.special}
+    plain = encode_record(record("q", "a"), chat, 1, "s")
+    smuggled = encode_record(record(hostile.replace("<image>", ""), hostile), chat, 1, hostile)
+    count = [sum(token in control for token in sample["input_ids"]) for sample in (plain, smuggled)]
+    assert count[0] == count[1]
+
+
+def test_a_text_begins_as_the_tokenizer_says():
+    with_begin = byte_tokenizer()
+    with_begin.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    chat = ChatTokenizer(with_begin)
+    assert chat.begin_ids == [1]
+    sample = encode_record(record("q", "a"), chat, 1)
+    assert sample["input_ids"][0] == 1 and sample["input_ids"].count(1) == 1 and sample["labels"][0] == IGNORE_INDEX
+
+
+def test_a_template_whose_tokens_are_missing_is_refused():
+    with pytest.raises(ValueError, match=r"template 'chatml' needs the tokens <\|im_start\|>, <\|im_end\|>"):
+        ChatTokenizer(byte_tokenizer(), "chatml")
+    with pytest.raises(ValueError, match="unknown template 'vicuna'; choose one of chatml, llama3"):
+        ChatTokenizer(byte_tokenizer(), "vicuna")
 
 
 def test_own_system_turn_replaces_the_default(tokenizer):
@@ -114,7 +208,7 @@ def test_own_system_turn_replaces_the_default(tokenizer):
 def test_errors_name_the_record(tokenizer):
     with pytest.raises(RecordError, match="'lonely'.*no token is supervised"):
         encode_record(record("Only a question", name="lonely"), tokenizer, 1)
-    with pytest.raises(RecordError, match="'short'.*1 <image> in its user turns for 2 images"):
+    with pytest.raises(RecordError, match="'short'.*fewer <image> and <video> than there are images and videos .2."):
         encode_record(record("<image>", "a", images=["a", "b"], name="short"), tokenizer, 1)
     with pytest.raises(ValueError, match="ends with a user turn"):
         encode_prompt(record("q", "a")["messages"], tokenizer, 1)

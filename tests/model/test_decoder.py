@@ -44,11 +44,11 @@ def test_every_kind_of_wrong_weight_is_named(folder):
     )
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", None])
-def test_a_model_of_another_family_is_refused(folder, kind):
+@pytest.mark.parametrize("kind", ["clip", "t5", "bert", "no-such-type", None])
+def test_what_is_no_decoder_is_refused(folder, kind):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
-    with pytest.raises(ValueError, match=f"holds a model of type {kind!r}, expected Qwen-1"):
+    with pytest.raises(ValueError, match=f"holds a model of type {kind!r}, (expected a decoder|which is no decoder)"):
         load_decoder(folder, "float32")
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from dataset.template import encode_prompt
 from model import MultiModalModel
-from model.export import chat_template, export_merged, export_qwen2, exported_tokenizer
+from model.chat_template import chat_template
+from model.export import export_merged, export_qwen2, exported_tokenizer
 from model.export_llava import export_llava
 from model.lora import add_lora
 from model.projector import build_projector
@@ -287,7 +288,7 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("ours,theirs", CONVERSATIONS)
 def test_prompts_are_those_of_the_training(fresh, tokenizer, ours, theirs, system):
     processor = AutoProcessor.from_pretrained(fresh[0] / "legacy")
-    processor.chat_template = chat_template(system, "<image>\n")
+    processor.chat_template = chat_template("chatml", system, "<image>\n")
     text = processor.apply_chat_template(theirs or ours, add_generation_prompt=True)
     pictures = [Image.new("RGB", (20, 30))] * text.count("<image>") or None
     ids = processor(text=text, images=pictures)["input_ids"][0]
@@ -411,5 +412,5 @@ def test_heads_of_another_width(build, tokenizer, tmp_path):
 
 
 def test_tokenizer_without_pictures_keeps_its_tokens(build, tokenizer):
-    exported = exported_tokenizer(build("clip_last"), "")
+    exported = exported_tokenizer(build("clip_last"), None)
     assert exported.get_vocab() == tokenizer.get_vocab()

@@ -89,7 +89,7 @@ def test_optimizer_steps(golden, legacy_model, kind, case, steps):
     batch, _ = _batch(golden, kind, model)
     facts = json.loads((golden / f"f_{kind}" / "facts.json").read_text())["optimizer"][case]
     lora_lr, projector_lr, weight_decay = RATES[case]
-    optimizer = torch.optim.AdamW(parameter_groups(model, lora_lr, projector_lr, weight_decay))
+    optimizer = torch.optim.AdamW(parameter_groups(model, {"lora": lora_lr, "projector": projector_lr}, weight_decay))
     losses = []
     for _ in range(steps):
         loss = model(**batch).loss
@@ -109,7 +109,9 @@ def test_trainer_steps(golden, legacy_model, tmp_path):
 
     class GoldenTrainer(Trainer):
         def create_optimizer(self, model=None):
-            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, *RATES["big"]))
+            lora_lr, projector_lr, weight_decay = RATES["big"]
+            groups = parameter_groups(self.model, {"lora": lora_lr, "projector": projector_lr}, weight_decay)
+            self.optimizer = torch.optim.AdamW(groups)
             return self.optimizer
 
     arguments = TrainingArguments(

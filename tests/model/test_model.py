@@ -21,7 +21,7 @@ def _batch(model: MultiModalModel) -> dict:
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
         "labels": torch.full((len(rows), length), -100),
         "pixel_values": pictures(3),
-        "image_counts": torch.tensor([2, 1, 0]),
+        "view_counts": torch.tensor([2, 1, 0]),
     }
     for row, (ids, supervised) in enumerate(zip(rows, (3, 4, 2), strict=True)):
         batch["labels"][row, len(ids) - supervised : len(ids)] = torch.tensor(ids[-supervised:])
@@ -30,7 +30,7 @@ def _batch(model: MultiModalModel) -> dict:
 
 def _single(batch: dict, row: int) -> dict:
     """One row of the batch with its own pictures."""
-    counts = batch["image_counts"].tolist()
+    counts = batch["view_counts"].tolist()
     start = sum(counts[:row])
     single = {key: value[row : row + 1] for key, value in batch.items() if key != "pixel_values"}
     if counts[row]:

@@ -225,7 +225,7 @@ def test_unknown_format_is_an_error(outputs, make_model):
 def test_what_a_checkpoint_cannot_hold_is_not_saved(outputs, make_model):
     model = _model(outputs, make_model)
     model.language_model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="lm_head.weight is trainable but neither LoRA nor projector"):
+    with pytest.raises(ValueError, match="the decoder is trainable, but not by model.tune"):
         model.save_pretrained(outputs / "run")
     assert not (outputs / "run").exists()
 
@@ -359,8 +359,8 @@ def test_format_1_is_read(outputs, make_model):
     [
         ("[]", r"format \[\], this code reads"),
         ("{", "is no JSON file"),
-        ('{"format": 2}', r"no description of a checkpoint \(KeyError\('decoder'\)\)"),
-        ('{"format": 2, "decoder": {"path": "x"}}', r"no description of a checkpoint \(KeyError\('encoder'\)\)"),
+        ('{"format": 2}', r"no description of a checkpoint \(KeyError\('projector'\)\)"),
+        ('{"format": 2, "decoder": {"path": "x"}}', r"no description of a checkpoint \(KeyError\('projector'\)\)"),
     ],
 )
 def test_a_damaged_description_is_named(tmp_path, content, message):

@@ -30,7 +30,7 @@ def _alone(model, row: int, **kwargs) -> list[int]:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_batch_equals_its_rows_alone(make_model, beams):
     model = make_model()
-    new = model.generate(_rows(model), pixel_values=pictures(3), image_counts=[2, 1, 0], num_beams=beams, **NEW)
+    new = model.generate(_rows(model), pixel_values=pictures(3), view_counts=[2, 1, 0], num_beams=beams, **NEW)
     assert new.shape == (3, 8)
     assert new.tolist() == [_alone(model, row, num_beams=beams) for row in range(3)]
 
@@ -58,7 +58,7 @@ def test_lists_are_padded_as_tensors_would_be(make_model):
     with pytest.raises(ValueError, match="no prompt"):
         model.generate([], **NEW)
     with pytest.raises(ValueError, match="row 1 has .* placeholders for 0 feature"):
-        model.generate(rows, pixel_values=images, image_counts=[2, 0, 1], **NEW)
+        model.generate(rows, pixel_values=images, view_counts=[2, 0, 1], **NEW)
 
 
 def test_sampling_follows_the_seed(make_model):
@@ -86,7 +86,7 @@ def test_stops_at_the_tokenizers_end_tokens(make_model):
     ending, other = whole[2], next(token for token in range(300) if token not in whole)
     stops = {"do_sample": False, "max_new_tokens": 8, "pixel_values": pictures(3)[2:]}
     for im_end, eod in ((ending, other), (other, ending)):
-        model.tokenizer = SimpleNamespace(im_end_id=im_end, eod_id=eod, pad_token_id=eod)
+        model.tokenizer = SimpleNamespace(stop_ids=[im_end, eod], pad_token_id=eod)
         assert model.generate([_rows(model)[1]], **stops)[0].tolist() == whole[: whole.index(ending) + 1]
     assert model.generate([_rows(model)[1]], **stops, eos_token_id=other)[0].tolist() == whole
 

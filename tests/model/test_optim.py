@@ -5,6 +5,8 @@ from model.lora import wrap_with_lora
 from model.optim import parameter_groups
 from model.table import module_table
 
+RATES = {"lora": 1, "projector": 1}
+
 
 def _names(model, group) -> set[str]:
     by_id = {id(p): name for name, p in model.named_parameters()}
@@ -13,7 +15,7 @@ def _names(model, group) -> set[str]:
 
 def test_groups(make_model):
     model = make_model(position_embedding=True)
-    groups = {group["name"]: group for group in parameter_groups(model, 1e-4, 1e-3, 0.1)}
+    groups = {group["name"]: group for group in parameter_groups(model, {"lora": 1e-4, "projector": 1e-3}, 0.1)}
     assert list(groups) == ["lora_decay", "projector_decay", "projector_no_decay"]
     assert _names(model, groups["projector_decay"]) == {"projector.layers.0.weight", "projector.layers.2.weight"}
     assert _names(model, groups["projector_no_decay"]) == {
@@ -38,29 +40,29 @@ def test_one_dimensional_adapter_weights_are_not_decayed(make_model):
     base = model.decoder.unload()
     config.use_dora = True
     model.decoder = wrap_with_lora(base, config)
-    groups = {group["name"]: group for group in parameter_groups(model, 1e-4, 1e-3, 0.1)}
+    groups = {group["name"]: group for group in parameter_groups(model, {"lora": 1e-4, "projector": 1e-3}, 0.1)}
     names = _names(model, groups["lora_no_decay"])
     assert names and all("lora_magnitude_vector" in name for name in names)
 
 
 def test_without_lora_or_projector(make_model):
     model = make_model(lora=False)
-    assert [group["name"] for group in parameter_groups(model, 1, 1, 0)] == ["projector_decay", "projector_no_decay"]
+    assert [group["name"] for group in parameter_groups(model, RATES, 0)] == ["projector_decay", "projector_no_decay"]
     model.projector.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
-        parameter_groups(model, 1, 1, 0)
+        parameter_groups(model, RATES, 0)
 
 
 def test_anything_else_trainable_is_an_error(make_model):
     model = make_model()
     model.language_model.transformer.wte.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="decoder.*wte.weight is trainable but neither LoRA nor projector"):
-        parameter_groups(model, 1, 1, 0)
+    with pytest.raises(ValueError, match="decoder.*wte.weight is trainable, but there is no learning rate"):
+        parameter_groups(model, RATES, 0)
 
 
 def test_table(make_model):
     model = make_model(dtype=torch.bfloat16)
-    table = module_table(model, parameter_groups(model, 3e-5, 1e-4, 0.0))
+    table = module_table(model, parameter_groups(model, {"lora": 3e-5, "projector": 1e-4}, 0.0))
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
     count = {
         "encoder": sum(p.numel() for p in model.encoder.parameters()),

@@ -11,9 +11,12 @@ from PIL import Image
 from torch import nn
 
 from config import ConfigError, load_config
-from dataprocess import scenes
+from dataprocess import moving, scenes
 from dataset.record import read_records
+from dataset.template import encode_record
 from model.contrastive import recall_at_1
+from model.decoder import load_decoder
+from model.tokenizer import load_tokenizer
 from pretrain import decoder, loop, tokenizer, tower
 from qwen import MultimodalQWenLMHeadModel, QWenTokenizer
 from visual import build_encoder
@@ -29,7 +32,7 @@ def drawn(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokens(drawn):
     folder = drawn.parent / "tokenizer"
-    tokenizer.make_tokenizer(tokenizer.TokenizerConfig(scenes=str(drawn), output=str(folder)))
+    tokenizer.make_tokenizer(tokenizer.TokenizerConfig(scenes=[str(drawn)], output=str(folder)))
     return folder
 
 
@@ -55,7 +58,7 @@ def test_other_text_survives_the_small_tokenizer(tokens):
 
 def test_muon_gets_the_matrices_of_the_layers_and_nothing_else(tokens):
     config = decoder.DecoderConfig(scenes="", tokenizer="", output="", hidden_size=16, num_layers=1, num_heads=2)
-    model = decoder.build(config, 300)
+    model = decoder.build(config, QWenTokenizer.from_pretrained(tokens))
     muon, adam = loop.optimizers(model, config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     matrices = {names[id(p)] for group in muon.param_groups for p in group["params"]}
@@ -107,9 +110,35 @@ def test_decoder_stage_leaves_a_decoder_that_the_model_loads(drawn, tokens, tmp_
         decoder.main(replace(config, steps=7))
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_other_decoders_come_with_a_tokenizer_of_the_same_ids(drawn, tokens, tmp_path, monkeypatch, architecture):
+    monkeypatch.setattr(decoder, "TEST_CONVERSATIONS", 20)
+    decoder.main(tiny_decoder(drawn, tokens, tmp_path / "decoder", architecture=architecture))
+    model = load_decoder(tmp_path / "decoder", "float32")
+    ours, theirs = QWenTokenizer.from_pretrained(tokens), load_tokenizer(tmp_path / "decoder", architecture)
+    assert model.config.model_type == architecture and len(theirs) == len(ours) == model.config.vocab_size
+    assert (theirs.template, theirs.placeholder_id) == ("chatml", ours.placeholder_id)
+    assert theirs.stop_ids == [ours.im_end_id]
+    for record in read_records(drawn / "text.parquet"):
+        assert encode_record(record, theirs, 0) == encode_record(record, ours, 0)
+
+
+def test_conversations_about_clips_join_those_about_scenes(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "TEST_CONVERSATIONS", 20)
+    moving.write_moving(tmp_path / "moving", 0, dict.fromkeys(moving.SPLITS, 2), texts=60, turns=2)
+    folders = [str(drawn), str(tmp_path / "moving")]
+    tokenizer.make_tokenizer(tokenizer.TokenizerConfig(scenes=folders, output=str(tmp_path / "tokenizer")))
+    tok = QWenTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for word in ("left", " left", "左", "vanishes", "消失", "circle", "圆形"):
+        assert len(tok.encode_plain(word)) == 1, word
+    decoder.main(tiny_decoder(drawn, tmp_path / "tokenizer", tmp_path / "decoder", moving=str(tmp_path / "moving")))
+    reached = json.loads((tmp_path / "decoder" / "metrics.json").read_text())["reached"]
+    assert {"copy", "colour", "clips"} <= set(reached)
+
+
 def test_decoder_measure_counts_first_tokens_of_answers(drawn, tokens):
     tok = QWenTokenizer.from_pretrained(tokens)
-    model = decoder.build(tiny_decoder(drawn, tokens, ""), len(tok)).eval()
+    model = decoder.build(tiny_decoder(drawn, tokens, ""), tok).eval()
     sample = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]}
     with torch.no_grad():
         predicted = model(torch.tensor([sample["input_ids"]])).logits[0].argmax(-1).tolist()
@@ -121,13 +150,14 @@ def test_copying_is_learned(drawn, tokens):
     config = tiny_decoder(drawn, tokens, "")
     config.steps, config.warmup_steps, config.batch_size = 80, 5, 16
     tok = QWenTokenizer.from_pretrained(tokens)
-    model, losses = decoder.build(config, len(tok)), []
+    model, losses = decoder.build(config, tok), []
     records = [record for record in read_records(drawn / "copy.parquet")]
     rng = random.Random(0)
 
     def loss_of_step(step):
         samples = [decoder.encode_record(rng.choice(records), tok, 0) for _ in range(config.batch_size)]
-        loss = decoder.mean_loss(model, decoder.Collator(0)([{**s, "pixel_values": None} for s in samples]))
+        rows = [{**sample, "pixel_values": None, "view_features": []} for sample in samples]
+        loss = decoder.mean_loss(model, decoder.Collator(0)(rows))
         losses.append(loss.item())
         return loss
 
