@@ -135,10 +135,17 @@ def max_length(config: Config, model: MultiModalModel) -> int:
 
 
 def load_dataset(config: Config, files: list[str], model: MultiModalModel) -> RecordDataset:
-    """Samples of all record files, one after the other, as `config.data` says."""
+    """Samples of all record files, one after the other, as `config.data` says.
+
+    Raises:
+        OSError, ValueError: files that are not there, hold no records, or none at all.
+    """
     c = config.data
+    records = read_records(files)
+    if not len(records):
+        raise ConfigError(f"there is no record in {', '.join(map(str, files))}")
     return RecordDataset(
-        read_records(files),
+        records,
         model.tokenizer,
         model.media,
         c.image_root,

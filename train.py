@@ -48,7 +48,7 @@ def train(config: Config) -> VLMTrainer:
 
     Raises:
         RunError: the output folder holds a finished run or a run with another configuration.
-        ConfigError: the model can't be built of what the configuration names.
+        ConfigError: the model can't be built of what the configuration names, or its data can't be learned from.
     """
     args = training_arguments(config)
     with args.main_process_first(local=False):
@@ -58,14 +58,18 @@ def train(config: Config) -> VLMTrainer:
         # A checkpoint of this run holds what its start has become.
         settings = replace(config.model, checkpoint=None) if checkpoint else config.model
         model = build_model(settings, args.device)
-    except (OSError, ValueError) as error:  # weights that are not there, incomplete or for another model
+        data = [load_dataset(config, files, model) for files in (config.data.train, config.data.validation) if files]
+        for dataset in data:
+            _ = dataset.lengths  # encodes every record, and so finds those that can't be learned from
+    # Weights that are not there, incomplete or for another model; data that is not there or no records.
+    except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     model.system = config.data.system
     trainer = VLMTrainer(
         model,
         config,
-        train_dataset=load_dataset(config, config.data.train, model),
-        eval_dataset=load_dataset(config, config.data.validation, model) if config.data.validation else None,
+        train_dataset=data[0],
+        eval_dataset=data[1] if config.data.validation else None,
         collator=Collator(model.tokenizer.pad_token_id),
         args=args,
     )

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -30,7 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from config import Config, save_config
+from config import Config, ConfigError, save_config
 from dataset.sampler import GlobalBatchSampler
 from model.checkpoint import load_trained, save_trained
 from model.optim import parameter_groups
@@ -303,8 +304,16 @@ def learning_rates(config: Config) -> dict[str, float]:
 
 
 def training_arguments(config: Config) -> TrainingArguments:
-    """Settings of the Trainer. Starts the process group under `torchrun`."""
+    """Settings of the Trainer. Starts the process group under `torchrun`.
+
+    Raises:
+        ConfigError: DeepSpeed is asked for, but it or its settings are not there.
+    """
     c = config.train
+    if c.deepspeed and find_spec("deepspeed") is None:
+        raise ConfigError("train.deepspeed needs a package: pip install -r requirements-deepspeed.txt")
+    if c.deepspeed and not Path(c.deepspeed).is_file():
+        raise ConfigError(f"train.deepspeed: there is no file {c.deepspeed}, such as configs/deepspeed_zero2.json")
     args = TrainingArguments(
         output_dir=c.output_dir,
         seed=c.seed,

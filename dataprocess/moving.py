@@ -15,8 +15,8 @@ the clips there is a second shape that stays. Every question has one right answe
 
 What keeps the answers honest: they are in the motion, and nowhere else.
 
-* A shape may start anywhere, whichever way it moves, and what leaves by one edge comes in by the opposite one. So the
-  first frame has the same distribution for all four ways. (Without that, whatever is at the left edge moves right.)
+* A path lies anywhere in the picture. The first frame alone then hints at the way (what is at the left edge does not
+  move left), and is right in about two of five cases; who wants to be right has to look at the others, in their order.
 * A path and its reverse are equally frequent: the frames without their order tell the axis of a motion, not its sense;
   of a change of colour which two, not which was first; and not whether a shape appears or vanishes.
 * The second shape stands anywhere, over the path, under it or beside it: a single frame does not tell which of two
@@ -54,7 +54,7 @@ SPLITS = ("train", "validation", "test")
 FRAMES = (8, 16)  # fewest, most
 RATES = (4, 5, 6, 8, 10, 12)  # frames a second
 SIZES = (20, 26)  # pixels
-REACH = (0.36, 0.46)  # of the way from edge to edge: more than a third, and less than the way around
+REACH = (0.36, 0.46)  # of the way from edge to edge: more than a third
 CLEAR = 0.2  # of that way: how far apart two shapes that stay are at least, so that neither hides the other
 MOMENTS = 4  # that a description tells of
 CHINESE = {
@@ -99,7 +99,7 @@ class Clip:
     still: Figure | None  # a second shape, which stays
     direction: str  # of DIRECTIONS, if it moves
     later_colour: str  # if it changes
-    reach: float  # how far it moves: 1 is once around
+    reach: float  # how far it moves: 1 is from edge to edge
     frames: int
     moment: int  # the first frame in which it has appeared, vanished or changed
 
@@ -109,7 +109,7 @@ class Clip:
         passed, own = frame >= self.moment, self.subject
         if self.event == "moves":
             (x, y), way = DIRECTIONS[self.direction], self.reach * frame / (self.frames - 1)
-            figures.append(Figure(own.colour, own.shape, (own.x + x * way) % 1, (own.y + y * way) % 1))
+            figures.append(Figure(own.colour, own.shape, own.x + x * way, own.y + y * way))
         elif self.event == "changes" and passed:
             figures.append(Figure(self.later_colour, own.shape, own.x, own.y))
         elif self.event in ("changes", "nothing") or passed == (self.event == "appears"):
@@ -129,6 +129,13 @@ def split_of(clip: Clip) -> str:
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
+def start(rng: random.Random, direction: str, reach: float) -> tuple[float, float]:
+    """x and y from which a move of `reach` in a direction stays within the picture."""
+    return tuple(
+        max(0.0, -step) * reach + rng.random() * (1 - abs(step) * reach) for step in DIRECTIONS[direction]
+    )
+
+
 def draw_clip(rng: random.Random, split: str) -> Clip:
     """A random clip of `split`; one in two moves, one in three has a second shape."""
     # Drawn once, so that what a split accepts changes none of their frequencies.
@@ -138,8 +145,10 @@ def draw_clip(rng: random.Random, split: str) -> Clip:
         frames = rng.randint(*FRAMES)
         first, second, third = rng.sample(tuple(COLOURS), 3)
         shape, other_shape = rng.sample(SHAPES, 2)
-        subject = Figure(first, shape, rng.random(), rng.random())
-        still = Figure(third, other_shape, rng.random(), rng.random())
+        reach = rng.uniform(*REACH)
+        subject = Figure(first, shape, *start(rng, direction, reach))
+        # As if it moved as well, so that its place doesn't tell that it stays.
+        still = Figure(third, other_shape, *start(rng, rng.choice(tuple(DIRECTIONS)), rng.uniform(*REACH)))
         pairs = {(first, shape), (second, shape) if event == "changes" else (first, shape), (third, other_shape)}
         near = max(abs(subject.x - still.x), abs(subject.y - still.y)) < CLEAR
         clip = Clip(
@@ -148,7 +157,7 @@ def draw_clip(rng: random.Random, split: str) -> Clip:
             still=still if has_still else None,
             direction=direction,
             later_colour=second,
-            reach=rng.uniform(*REACH),
+            reach=reach,
             frames=frames,
             moment=rng.randint(-(-frames // 4), frames - -(-frames // 4)),
         )

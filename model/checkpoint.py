@@ -238,9 +238,15 @@ def load_trained(
     load_states(model, adapter, projector, source=str(folder), problems=problems)
     for module, state in held.values():
         module.load_state_dict(state)
-    model.holds |= set(spec["holds"])
+    # A decoder that learns through LoRA lies in a folder already, which the next checkpoint will name.
+    model.holds |= set(spec["holds"]) - ({"decoder"} if _is_named(model) else set())
     if spec["decoder"]["rows"] and (folder / ROWS_FILE).is_file():
         set_rows(model.language_model, read_tensors(folder / ROWS_FILE))
+
+
+def _is_named(model: "MultiModalModel") -> bool:
+    """Whether the decoder's own weights can only be those of a folder, which a checkpoint names."""
+    return isinstance(model.decoder, PeftModel) or quantization_of(model.language_model) != "none"
 
 
 def _decoder_state(model: "MultiModalModel", folder: Path) -> dict[str, Tensor]:
@@ -250,7 +256,7 @@ def _decoder_state(model: "MultiModalModel", folder: Path) -> dict[str, Tensor]:
         ValueError: the model's decoder has LoRA layers or is quantized, so that it has to be loaded from there.
     """
     place = folder / DECODER_FOLDER
-    if isinstance(model.decoder, PeftModel) or quantization_of(model.language_model) != "none":
+    if _is_named(model):
         raise ValueError(f"{folder} holds a whole decoder: start from it with model.decoder={place}")
     return load_decoder(place, "auto").state_dict()
 
@@ -358,9 +364,13 @@ def _lora_differences(ours: LoraConfig, theirs: LoraConfig) -> list[str]:
     return [
         f"LoRA {key}: {getattr(theirs, key)!r} in the checkpoint, {getattr(ours, key)!r} in the model"
         for key in keys
-        # peft says "nothing" as None, as an empty list or as an empty set.
-        if (getattr(ours, key) or None) != (getattr(theirs, key) or None)
+        if _plain(getattr(ours, key)) != _plain(getattr(theirs, key))
     ]
+
+
+def _plain(value):
+    """A setting without the differences between peft's lists and sets, or its ways to say nothing."""
+    return set(value) if isinstance(value, list | set | tuple) and value else value or None
 
 
 def _weight_differences(part: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:

@@ -68,7 +68,7 @@ def load_decoder(
             # On CPUs that have it, the first forward in eval mode would repack the weights for inference alone: after
             # it, training gets wrong gradients or none.
             module.support_avx512bf16_for_cpu = False
-    _check_head(model)
+    _check_forward(model)
     return model
 
 
@@ -122,16 +122,21 @@ def decoder_config(path: str | Path) -> PreTrainedConfig:
 class Head(nn.Module):
     """Hidden states `[..., H]` after the last norm -> logits `[..., V]`, as the decoder's own forward makes them.
 
-    Gemma 2 and others squash logits: `cap * tanh(logits / cap)` (`final_logit_softcapping`).
+    Cohere's are scaled by `logit_scale`, Granite's by 1 / `logits_scaling`; Gemma 2 and others squash them:
+    `cap * tanh(logits / cap)` (`final_logit_softcapping`).
     """
 
     def __init__(self, decoder: PreTrainedModel):
         super().__init__()
         self.linear = decoder.get_output_embeddings()
         self.cap = getattr(decoder.config, "final_logit_softcapping", None)
+        self.scale = getattr(decoder.config, "logit_scale", None) or 1 / (
+            getattr(decoder.config, "logits_scaling", None) or 1
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = self.linear(hidden)
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
@@ -141,18 +146,34 @@ class _OnlyHidden(SimpleNamespace):
     def __getattr__(self, name: str) -> None:
         return None
 
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
 
 @torch.no_grad()
-def _check_head(decoder: PreTrainedModel) -> None:
-    """Raises ValueError if the decoder's forward makes other logits of hidden states than `Head` does."""
+def _check_forward(decoder: PreTrainedModel) -> None:
+    """Raises ValueError if features don't get through the decoder's forward, or it makes other logits than `Head`."""
     weight = decoder.get_input_embeddings().weight
     hidden = torch.linspace(-1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)[None, None]
-    with patch.object(decoder.base_model, "forward", lambda *_, **__: _OnlyHidden(last_hidden_state=hidden)):
-        expected = decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=weight.device)).logits
-    if not torch.allclose(Head(decoder)(hidden).float(), expected.float(), rtol=1e-2, atol=1e-2):
+    handed_on = {}
+
+    def trunk(*args, **kwargs):
+        handed_on.update(kwargs)
+        return _OnlyHidden(last_hidden_state=hidden)
+
+    with patch.object(decoder.base_model, "forward", trunk):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+        try:
+            logits = decoder(input_ids=ids, features=hidden[0]).logits
+        except ValueError:  # it has called something else than its trunk, which found no place for the features
+            logits = None
+    name = f"{decoder.config._name_or_path}: a {type(decoder).__name__}"
+    if handed_on.get("features") is None:
+        raise ValueError(f"{name} hands no further arguments to the model behind it, so no feature can reach it")
+    if not torch.allclose(Head(decoder)(hidden).float(), logits.float(), rtol=1e-2, atol=1e-2):
         raise ValueError(
-            f"{decoder.config._name_or_path}: a {type(decoder).__name__} changes logits after its head in a way that "
-            "is not known here (model.decoder.Head), so the loss would be wrong"
+            f"{name} changes logits after its head in a way that is not known here (model.decoder.Head), so the loss "
+            "would be wrong"
         )
 
 

@@ -13,8 +13,8 @@ from visual.media import Views
 if TYPE_CHECKING:
     from model.model import MultiModalModel
 
-# A path, a PIL image, preprocessed pixels `[3, H, W]` or `[N, 3, H, W]` (N images); a list of these; or, for several
-# prompts, a list with one entry for each: one of these, a list of them, or None.
+# Of an image: a path, a PIL image, preprocessed pixels `[3, H, W]` or `[N, 3, H, W]` (N images); of a clip: a path. One
+# or a list of them; for several prompts a list with one entry for each: one of these, a list of them, or None.
 MediaInput = Any
 
 
@@ -39,7 +39,7 @@ def expand_prompts(
     for row, images, clips in zip(
         rows, _per_row(image, len(rows), "image"), _per_row(video, len(rows), "video"), strict=True
     ):
-        media = [_image_views(model, one) for one in images] + [model.media.load_video(clip) for clip in clips]
+        media = [_image_views(model, one) for one in images] + [_clip_views(model, clip) for clip in clips]
         expanded.append(_expand(model, row, [sum(one.features) for one in media], len(expanded)))
         views += media
     if not views:
@@ -61,6 +61,8 @@ def _per_row(media: MediaInput, rows: int, name: str) -> list[list]:
         return [[] for _ in range(rows)]
     if isinstance(media, str | os.PathLike | Image.Image) or isinstance(media, Tensor) and media.ndim == 3:
         media = [media]
+    if rows == 1 and list(media) == [None]:
+        return [[]]
     if rows == 1:
         nested = len(media) == 1 and isinstance(media[0], list | tuple)
         return [list(media[0] if nested else media)]
@@ -72,7 +74,15 @@ def _per_row(media: MediaInput, rows: int, name: str) -> list[list]:
 def _image_views(model: "MultiModalModel", image: str | os.PathLike | Image.Image | Tensor) -> Views:
     if isinstance(image, Tensor):
         return Views(image.unsqueeze(0).float(), [model.media.num_features])
+    if not isinstance(image, str | os.PathLike | Image.Image):
+        raise ValueError(f"an image is a path, a PIL image or a tensor of pixels, got a {type(image).__name__}")
     return model.media.load_image(image)
+
+
+def _clip_views(model: "MultiModalModel", clip: str | os.PathLike) -> Views:
+    if not isinstance(clip, str | os.PathLike):
+        raise ValueError(f"a video is the path of a file, got a {type(clip).__name__}")
+    return model.media.load_video(clip)
 
 
 def _expand(model: "MultiModalModel", row: list[int], counts: list[int], number: int) -> list[int]:

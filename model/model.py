@@ -268,6 +268,9 @@ class MultiModalModel(nn.Module):
             feature_counts=self._feature_counts(view_counts, view_features),
             **{**defaults, **kwargs},
         )
+        if not isinstance(sequences, Tensor):  # return_dict_in_generate
+            sequences.sequences = sequences.sequences[:, input_ids.shape[1] :]
+            return sequences
         return sequences[:, input_ids.shape[1] :]
 
     def _stop_tokens(self) -> dict:
@@ -410,8 +413,8 @@ def _freeze_base(decoder: nn.Module) -> None:
 
 def _pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask `[B, T]` of rows of unequal length, padded on the left."""
-    if not rows:
-        raise ValueError("no prompt to continue: input_ids is an empty list")
+    if not rows or not all(map(len, rows)):
+        raise ValueError("no prompt to continue: input_ids is an empty list, or has an empty row")
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad_id, device=device)
     mask = torch.zeros_like(ids)

@@ -10,6 +10,7 @@ made of the attention heads that copying grows. Without them training stays at "
 import random
 import sys
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Conf
 from config import ConfigError, load_config
 from dataprocess.scenes import LANGUAGES, caption, conversation, draw_scene, questions
 from dataset.collator import Collator
-from dataset.record import Records, read_records
+from dataset.record import read_records
 from dataset.template import encode_record
 from model.loss import supervised_cross_entropy
 from pretrain.loop import LoopConfig, compare, is_done, optimise, save_folder
@@ -31,13 +32,14 @@ from qwen.tokenization_qwen import as_transformers
 
 # What suffices for the stage after this one, which goes on learning to look up; existence may still be at chance.
 EXPECTED = {"copy": 0.9, "colour": 0.75, "shape": 0.8, "position": 0.8, "existence": 0.5, "count": 0.75}
+EXPECTED_OF_CLIPS = {"copy": 0.9, "all": 0.9}
 TEST_CONVERSATIONS = 400
 
 
 @dataclass
 class DecoderConfig(LoopConfig):
     scenes: str = MISSING  # folder that dataprocess.scenes wrote
-    moving: str | None = None  # folder that dataprocess.moving wrote: half of the conversations are then about clips
+    moving: str | None = None  # folder that dataprocess.moving wrote; whose conversations are learned instead
     tokenizer: str = MISSING  # folder of the tokenizer
     output: str = MISSING  # folder for the decoder
     architecture: Literal["qwen", "qwen2", "gpt2"] = "qwen"  # Qwen-1, or a class of transformers
@@ -115,23 +117,34 @@ def mean_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return supervised_cross_entropy(hidden, model.get_output_embeddings(), batch["labels"], chunk_tokens=4096)
 
 
-@torch.no_grad()
-def measure(model: PreTrainedModel, tokenizer: QWenTokenizer, records: dict[str, Records]) -> dict[str, float]:
-    """Share of right first tokens of answers by question type, on layouts of the test split; of all in `records`."""
-    model.eval()
-    rng, right = random.Random("measure decoder"), defaultdict(list)
+def unseen_conversations() -> Iterator[dict]:
+    """Described layouts of the test split; `meta` has the type of each question and the language."""
+    rng = random.Random("measure decoder")
     for _ in range(TEST_CONVERSATIONS):
         scene, language = draw_scene(rng, "test"), rng.choice(LANGUAGES)
         asked = questions(scene, rng, language)[:3]
         messages = conversation(asked, caption(scene, language) + "\n")
-        hits = correct(model, encode_record({"id": "", "images": [], "videos": [], "messages": messages}, tokenizer, 0))
-        for question, hit in zip(asked, hits, strict=True):
-            right[question.type].append(hit[0])
-            right[language].append(hit[0])
-    for name, own in records.items():
-        for record in own:
-            for hit in correct(model, encode_record(record, tokenizer, 0)):
-                right[name] += hit[:-1]
+        meta = {"types": [question.type for question in asked], "language": language}
+        yield {"id": "", "images": [], "videos": [], "messages": messages, "meta": meta}
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, tokenizer: QWenTokenizer, copies: Iterable[dict], described: Iterable[dict]
+) -> dict[str, float]:
+    """Share of right first tokens of answers about descriptions, by question type where known, and of copied tokens."""
+    model.eval()
+    right = defaultdict(list)
+    for record in described:
+        hits = [hit[0] for hit in correct(model, encode_record(record, tokenizer, 0))]
+        right["all"] += hits
+        if record["meta"]:
+            right[record["meta"]["language"]] += hits
+            for name, hit in zip(record["meta"]["types"], hits, strict=True):
+                right[name].append(hit)
+    for record in copies:
+        (hit,) = correct(model, encode_record(record, tokenizer, 0))
+        right["copy"] += hit[:-1]
     return {name: sum(hits) / len(hits) for name, hits in right.items()}
 
 
@@ -154,24 +167,25 @@ def main(config: DecoderConfig) -> None:
     torch.manual_seed(config.seed)
     tokenizer = QWenTokenizer.from_pretrained(config.tokenizer)
     model, collate = build(config, tokenizer), Collator(tokenizer.pad_token_id)
-    copies, texts = (read_records(Path(config.scenes, f"{name}.parquet")) for name in ("copy", "text"))
-    sources, held_out = [copies, texts], {}
-    if config.moving:
-        clips = read_records(Path(config.moving, "text.parquet"))
-        held_out["clips"] = clips[:TEST_CONVERSATIONS]
-        sources.append(clips[TEST_CONVERSATIONS:])
+    copies = read_records(Path(config.scenes, "copy.parquet"))
+    texts = read_records(Path(config.moving or config.scenes, "text.parquet"))
+    held_out = TEST_CONVERSATIONS if config.moving else 0  # layouts of test scenes are in no text
+    learned = texts[held_out:]
     rng = random.Random(config.seed)
 
     def loss_of_step(step: int) -> Tensor:
         share = 1.0 if step < config.copy_steps else config.copy_share
-        others = len(sources) - 1
-        drawn = rng.choices(sources, (share, *[(1 - share) / others] * others), k=config.batch_size)
+        drawn = rng.choices((copies, learned), (share, 1 - share), k=config.batch_size)
         samples = [encode_record(source[rng.randrange(len(source))], tokenizer, 0) for source in drawn]
         return mean_loss(model, collate([{**sample, "pixel_values": None, "view_features": []} for sample in samples]))
 
     history = optimise(model, loss_of_step, config, "Decoder")
-    figures = measure(model, tokenizer, {"copy": copies[:100], **held_out})
-    compare("The decoder on descriptions of test scenes:", figures, EXPECTED)
+    if config.moving:
+        figures = measure(model, tokenizer, copies[:100], texts[:held_out])
+        compare("The decoder on descriptions of clips it has not read:", figures, EXPECTED_OF_CLIPS)
+    else:
+        figures = measure(model, tokenizer, copies[:100], unseen_conversations())
+        compare("The decoder on descriptions of test scenes:", figures, EXPECTED)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)

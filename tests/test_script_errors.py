@@ -9,7 +9,8 @@ import pytest
 import evaluate
 import export
 import inference
-from train import build_model
+import train
+from build import build_model
 
 REST = {
     inference: ["--text", "?"],
@@ -52,6 +53,28 @@ def test_the_script_ends_with_one_line(tiny, checkpoint):
     result = tiny.run("inference.py", "--checkpoint_path", checkpoint, "--device", "foo", "--text", "?", check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("inference.py: --device foo can't be used")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "arguments", "message"),
+    [
+        ("none.json", None, [], "expected a .*folder"),
+        ("odd.json", '[{"text": "a", "picture": "b.png"}]', [], "unknown key 'picture'"),
+        ("odd.csv", "instruction;answer\na;b\n", [], "unknown key 'instruction;answer'"),
+        ("odd.json", '[{"instruction": "a", "answer": 3}]', [], "answer must be text, got 3"),
+        ("odd.json", '[{"image": "a.png", "instruction": "<image> or <image>", "answer": "b"}]', [], "2 <image>"),
+        ("odd.json", "[]", [], "no record"),
+        ("odd.json", '[{"instruction": "a", "answer": "b"}]', ["max_length=3"], "raise data.max_length"),
+        ("odd.json", '[{"instruction": "a", "answer": "b"}]', ["deepspeed=none.json"], "deepspeed"),
+    ],
+)
+def test_data_that_cant_be_learned_from(tiny, tmp_path, monkeypatch, file, content, arguments, message):
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    given = tiny.arguments(tmp_path / "run", f"data.train={tmp_path / file}", *arguments)
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    with pytest.raises(SystemExit, match=f"^train.py: .*{message}"):
+        train.main()
 
 
 @pytest.mark.parametrize("form", list(export.CODE))

@@ -2,16 +2,24 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    OPTConfig,
+    StableLmConfig,
+)
 
 from build import build_model
 from config import EncoderConfig, LoraConfig, ModelConfig, ProjectorConfig
 from dataset.template import encode_prompt, encode_record
 from model import MultiModalModel
-from model.decoder import load_decoder
+from model.decoder import Head, load_decoder
 from model.lora import add_lora
 from tests.conftest import make_encoder
-from tests.model.families import FAMILIES, TOKENS, make_decoder
+from tests.model.families import FAMILIES, SHAPE, TOKENS, make_decoder
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
@@ -152,6 +160,33 @@ def test_train_save_load_merge(folders, tmp_path, tune):
     torch.testing.assert_close(logits(loaded, inputs), after, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("first", ["decoder", "all"])
+def test_lora_on_a_decoder_that_was_trained_as_a_whole(tmp_path, first):
+    make_encoder(tmp_path / "encoder")
+    folders = (make_decoder("llama", tmp_path / "decoder"), tmp_path / "encoder")
+    model = build_model(settings(folders, tune=first))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "whole")
+    inputs = batch(model.eval())
+    expected = logits(model, inputs)
+
+    start = {"tune": "lora", "checkpoint": str(tmp_path / "whole")}
+    with pytest.raises(ValueError, match=f"start from it with model.decoder={tmp_path}/whole/decoder"):
+        build_model(settings(folders, **start))
+    lora = build_model(settings((tmp_path / "whole" / "decoder", folders[1]), **start)).eval()
+    torch.testing.assert_close(logits(lora, inputs), expected, rtol=0, atol=0)
+    for name, parameter in lora.decoder.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    lora.save_pretrained(tmp_path / "lora")
+    assert (tmp_path / "lora" / "encoder.safetensors").exists() == (first == "all")
+    assert not (tmp_path / "lora" / "decoder").exists()
+    loaded = MultiModalModel.from_pretrained(tmp_path / "lora")
+    torch.testing.assert_close(logits(loaded, inputs), logits(lora, inputs), rtol=0, atol=0)
+
+
 def test_rows_are_added_only_where_none_is_spare(tmp_path):
     make_encoder(tmp_path / "encoder")
     for spare, added in ((0, 1), (1, 0), (5, 0)):
@@ -193,3 +228,28 @@ def test_experts_are_reached_by_the_name_of_their_parameter(tmp_path):
         add_lora(load_decoder(folder, "float32"), r=2, alpha=4, dropout=0.1, targets=["experts.down_proj"])
     with pytest.raises(ValueError, match="match no linear layer .* experts.down_proj"):
         add_lora(load_decoder(folder, "float32"), r=2, alpha=4, targets=["w1"])
+
+
+@pytest.mark.parametrize("config", [
+    CohereConfig(**SHAPE, logit_scale=0.3), GraniteConfig(**SHAPE, logits_scaling=3.0),
+    GPTNeoXConfig(**{**SHAPE, "num_key_value_heads": 4}), StableLmConfig(**SHAPE),
+], ids=lambda config: config.model_type)  # fmt: skip
+def test_losses_of_decoders_that_scale_their_logits(config, tmp_path):
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path, "float32")
+    ids = torch.randint(3, TOKENS, (2, 12))
+    with torch.no_grad():
+        hidden = decoder.base_model(ids).last_hidden_state
+        torch.testing.assert_close(Head(decoder)(hidden), plain.eval()(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [
+    OPTConfig(vocab_size=TOKENS, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4,
+              word_embed_proj_dim=32),
+    BloomConfig(vocab_size=TOKENS, hidden_size=32, n_layer=1, n_head=4),
+], ids=lambda config: config.model_type)  # fmt: skip
+def test_a_decoder_that_features_cant_reach_is_refused(config, tmp_path):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hands no further arguments to the model behind it"):
+        load_decoder(tmp_path, "float32")
