@@ -112,7 +112,8 @@ def evaluate(
 def make_question(record: dict) -> dict:
     """The turns of the prompt, the answer that is right, the record's media in the order of the text, and `meta`."""
     if record["messages"][-1]["role"] != "assistant" or len(record["messages"]) < 2:
-        raise ValueError(f"record {record['id']!r} has no assistant turn at its end, hence nothing to compare with")
+        problem = "has no assistant turn at its end, hence nothing to compare with; leave such records out of the file"
+        raise ValueError(f"record {record['id']!r} {problem}")
     turns, answer = record["messages"][:-1], record["messages"][-1]["content"]
     return {"id": record["id"], "turns": turns, "answer": answer, "media": media_of(record), "meta": record["meta"]}
 

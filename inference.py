@@ -113,15 +113,20 @@ def converse(chat: Chat) -> None:
         if command == "/clear":
             chat.clear()
         elif command in ("/image", "/video"):
-            add_files(chat.add_image if command == "/image" else chat.add_video, shlex.split(rest[0]) if rest else [])
+            add_files(chat.add_image if command == "/image" else chat.add_video, rest[0] if rest else "")
         elif command.startswith("/"):
             print(f"unknown command {command}; {CHAT_HELP}")
         elif line:
             chat.ask(line)
 
 
-def add_files(add: Callable[[str], None], paths: list[str]) -> None:
-    """Adds files; says what is wrong with one instead of ending the conversation."""
+def add_files(add: Callable[[str], None], text: str) -> None:
+    """Adds the files that a line names; says what is wrong with one instead of ending the conversation."""
+    try:
+        paths = shlex.split(text)
+    except ValueError as error:
+        print(f"{error}: {text}")
+        return
     for path in paths:
         try:
             add(path)

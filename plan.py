@@ -22,6 +22,7 @@ from model.memory import (
     StepMemory,
     fake_weights,
     loss_memory,
+    most_views,
     quantize_meta,
     step_memory,
     validation_memory,
@@ -122,7 +123,7 @@ def make_plan(
     Raises:
         ConfigError: samples of `data.max_length` have no room for a picture.
     """
-    c, length, n = config.train, max_length(config, model), model.media.num_features
+    c, length, n = config.train, max_length(config, model), most_views(model) * model.media.num_features
     if length <= n:
         raise ConfigError(f"data.max_length is {length}, but a picture alone takes {n} tokens; raise it")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -202,7 +203,7 @@ def _assumptions(config: Config, model: MultiModalModel) -> str:
     c, length = config.train, max_length(config, model)
     lines = [
         f"Assumed, as the worst case: samples of {length:,} tokens (data.max_length), each with one picture of "
-        f"{model.media.num_features} features, all other",
+        f"{most_views(model) * model.media.num_features} features, all other",
         f"tokens supervised. Samples per micro-batch: {c.per_device_train_batch_size}; micro-batches per optimizer "
         f"step: {c.gradient_accumulation_steps}; {'bfloat16' if c.bf16 else 'no'} autocast; "
         f"{config.model.attn_implementation or 'sdpa'} attention.",

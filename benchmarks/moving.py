@@ -57,13 +57,11 @@ def make(overrides: list[str]) -> None:
     if not (RUN / "tokenizer").exists():
         start("-m", "pretrain.tokenizer", f"scenes=[{SCENES},{MOVING}]", f"output={RUN / 'tokenizer'}")
     start("-m", "pretrain.decoder", f"scenes={SCENES}", f"moving={MOVING}", f"tokenizer={RUN / 'tokenizer'}",
-          f"output={RUN / 'decoder'}", *DECODER)  # fmt: skip
+          f"output={RUN / 'decoder'}", "steps=1000")  # fmt: skip
     if not (RUN / "trainer_state.json").exists():
         start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
               "--config", "configs/moving.yaml", *overrides)  # fmt: skip
 
-
-DECODER = ("steps=700",)
 
 if __name__ == "__main__":
     main()

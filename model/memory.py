@@ -273,10 +273,15 @@ def validation_memory(model: MultiModalModel, batch: int, length: int, *, bf16: 
     return tracker.phases["validation"].total
 
 
+def most_views(model: MultiModalModel) -> int:
+    """Views of a picture with all the tiles that it may have."""
+    return 1 + model.media.spec["max_tiles"]
+
+
 def _decoder_output(model: MultiModalModel, batch: int, length: int, phase: Callable[[str], None]) -> Tensor:
     """`MultiModalModel.forward` up to the loss, `[B, T, H]`, past the checks that have to read token ids."""
     phase("encoder")
-    pixel_values = torch.empty(batch, 3, *model.encoder.image_size)
+    pixel_values = torch.empty(batch * most_views(model), 3, *model.encoder.image_size)
     input_ids = torch.zeros(batch, length, dtype=torch.long)
     features = model.encode_images(pixel_values)
     phase("decoder")
@@ -289,7 +294,7 @@ def _decoder_output(model: MultiModalModel, batch: int, length: int, phase: Call
 
 def _loss(model: MultiModalModel, hidden: Tensor) -> Tensor:
     batch, length, _ = hidden.shape
-    supervised = batch * (length - model.media.num_features)
+    supervised = batch * (length - most_views(model) * model.media.num_features)
     positions = torch.zeros(2, supervised, dtype=torch.long)  # what a mask of labels comes down to
     rows = hidden[:, :-1][positions[0], positions[1]]
     return summed_cross_entropy(rows, positions[0], Head(model.language_model)) / len(rows)

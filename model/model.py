@@ -318,7 +318,7 @@ class MultiModalModel(nn.Module):
         for layer in self.decoder.modules():
             if isinstance(layer, LoraLayer):
                 base = layer.get_base_layer()
-                dtype = base.weight.dtype
+                dtype = next(base.parameters()).dtype  # experts are several parameters of one module
                 base.float()
                 layer.merge()
                 base.to(dtype)

@@ -100,14 +100,14 @@ def test_control_tokens_in_text_stay_text(chat):
 
 def test_conversation_commands(chat, tiny, monkeypatch, capsys):
     picture = tiny.folder / "images/red.png"
-    typed = f"hello\n/image {picture}\n/image missing.png\n/what\n\nagain\n/clear\nnew\n"
+    typed = f"hello\n/image {picture}\n/image missing.png\n/video 'open\n/what\n\nagain\n/clear\nnew\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     asked = []
     monkeypatch.setattr(chat, "ask", lambda text: asked.append((text, list(chat.waiting))))
     converse(chat)
     output = capsys.readouterr().out
     assert asked == [("hello", []), ("again", ["image"]), ("new", [])]
-    assert "missing.png" in output and "unknown command /what" in output
+    assert "missing.png" in output and "No closing quotation: 'open" in output and "unknown command /what" in output
     monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\nnever\n"))
     converse(chat)
     assert len(asked) == 3

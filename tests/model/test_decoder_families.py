@@ -224,6 +224,20 @@ def test_experts_are_reached_by_the_name_of_their_parameter(tmp_path):
     decoder = add_lora(load_decoder(folder, "float32"), r=2, alpha=4, targets=["q_proj", "experts.down_proj"])
     trained = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
     assert any("q_proj" in name for name in trained) and any("experts" in name for name in trained)
+    with torch.no_grad():
+        make_encoder(tmp_path / "encoder")
+        settled = settings((folder, tmp_path / "encoder"))
+        settled.lora.targets = ["q_proj", "experts.down_proj", "experts.gate_up_proj"]
+        model = build_model(settled).eval()
+        for name, parameter in model.decoder.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        inputs = batch(model)
+        whole = logits(model, inputs)
+        model.save_pretrained(tmp_path / "run")
+        loaded = MultiModalModel.from_pretrained(tmp_path / "run")
+        torch.testing.assert_close(logits(loaded, inputs), whole, rtol=0, atol=0)
+        torch.testing.assert_close(logits(loaded.merge(), inputs), whole, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="knows no dropout"):
         add_lora(load_decoder(folder, "float32"), r=2, alpha=4, dropout=0.1, targets=["experts.down_proj"])
     with pytest.raises(ValueError, match="match no linear layer .* experts.down_proj"):
