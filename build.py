@@ -54,7 +54,7 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Mult
         attn_implementation=config.attn_implementation,
     )
     tokenizer = load_tokenizer(config.decoder, decoder.config.model_type, config.template)
-    rows = add_rows(decoder, tokenizer.placeholder_id + 1)
+    rows = add_rows(decoder, len(tokenizer))
     model = _assemble(config, encoder, decoder, tokenizer.placeholder_id, tokenizer, rows)
     if config.checkpoint:
         load_trained(model, config.checkpoint, keep_adapter=True)
@@ -79,7 +79,7 @@ def build_empty_model(config: ModelConfig) -> MultiModalModel:
         decoder = decoder_class(shape)._from_config(shape, dtype=getattr(torch, config.dtype))
     with _errors_name("model.encoder.path"), torch.device("meta"):
         encoder = build_encoder(**asdict(config.encoder), load_weights=False)
-    with _errors_name("model.lora"), torch.device("meta"):
+    with _errors_name("model"), torch.device("meta"):
         model = _assemble(config, encoder, decoder, placeholder_id=0)
     lm = model.language_model
     eager = config.attn_implementation == "eager" or config.attn_implementation is None and not lm._supports_sdpa

@@ -194,10 +194,11 @@ def parse_arguments(argv: list[str], schema: type = Config) -> tuple[str | None,
         if not equals:
             if not argument.startswith("--"):
                 raise ConfigError(f"argument {argument!r} is neither key=value nor --key value")
-            if rest and not rest[0].startswith("--"):
-                text = rest.pop(0)
-            elif key != "config" and all(leaves(schema)[path] is bool for path in resolve_keys(key, schema)):
+            is_truth = key != "config" and all(leaves(schema)[path] is bool for path in resolve_keys(key, schema))
+            if is_truth and (not rest or rest[0].startswith("--") or "=" in rest[0]):
                 text = "true"
+            elif rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
             else:
                 raise ConfigError(f"{argument} needs a value")
         if key == "config":

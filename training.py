@@ -149,6 +149,8 @@ class VLMTrainer(Trainer):
             totals += torch.tensor([float(loss), tokens], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss, tokens = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").tolist()
+        if not tokens:
+            raise RunError("no token of data.validation is supervised: none of its images could be read")
         metrics = {f"{metric_key_prefix}_loss": loss / tokens}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 

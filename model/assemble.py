@@ -58,7 +58,7 @@ def assemble(
     tower = build_encoder(kind, str(encoder), layer=feature_layer, dtype=dtype)
     language_model = load_decoder(decoder, dtype)
     tokenizer = load_tokenizer(decoder, language_model.config.model_type, template)
-    rows = add_rows(language_model, tokenizer.placeholder_id + 1)
+    rows = add_rows(language_model, len(tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = build_projector("mlp", tower.width, language_model.config.hidden_size, init_std=None)

@@ -83,11 +83,10 @@ class ChatTokenizer:
         return plain
 
     def _check_plain(self) -> None:
-        special = {id for id, token in self.hf.added_tokens_decoder.items() if token.special}
-        special.discard(self.hf.unk_token_id)  # which is what unknown characters become
-        for id in special:
-            text = self.hf.added_tokens_decoder[id].content
-            if special & set(self.encode_plain(text)):
+        special = {id: token.content for id, token in self.hf.added_tokens_decoder.items() if token.special}
+        special.pop(self.hf.unk_token_id, None)  # which is what unknown characters become
+        for text in special.values():
+            if special.keys() & set(self.encode_plain(text)):
                 raise ValueError(
                     f"{self.hf.name_or_path}: its tokenizer makes a control token of the plain text {text!r}, so that "
                     "texts could smuggle it in; this kind of tokenizer is not supported"
@@ -97,7 +96,7 @@ class ChatTokenizer:
     def begin_ids(self) -> list[int]:
         """What every text begins with: the beginning-of-sequence token where the tokenizer sets one."""
         ids = self.hf.encode("")
-        return ids if ids == [self.hf.bos_token_id] else []
+        return ids[:1] if ids[:1] == [self.hf.bos_token_id] else []
 
     @property
     def placeholder_id(self) -> int:

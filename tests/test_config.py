@@ -93,7 +93,7 @@ def test_malformed_arguments():
 
 
 def test_a_truth_needs_no_value():
-    loaded = load("--bf16", "--seed", "3", "--gradient_checkpointing")
+    loaded = load("--bf16", "seed=3", "--gradient_checkpointing")
     assert loaded.train.bf16 and loaded.train.gradient_checkpointing and loaded.train.seed == 3
 
 

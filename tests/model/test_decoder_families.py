@@ -19,7 +19,7 @@ from model import MultiModalModel
 from model.decoder import Head, load_decoder
 from model.lora import add_lora
 from tests.conftest import make_encoder
-from tests.model.families import FAMILIES, SHAPE, TOKENS, make_decoder
+from tests.model.families import FAMILIES, SHAPE, TOKENS, byte_tokenizer, make_decoder
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
@@ -198,10 +198,21 @@ def test_rows_are_added_only_where_none_is_spare(tmp_path):
         assert (tmp_path / "run" / "added_rows.safetensors").exists() == bool(added)
 
 
+def test_tokens_behind_the_rows_get_rows_as_well(tmp_path):
+    make_encoder(tmp_path / "encoder")
+    folder = make_decoder("gpt2", tmp_path / "decoder", "<image>")
+    tokenizer = byte_tokenizer("<image>")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    model = build_model(settings((folder, tmp_path / "encoder")))
+    assert model.tokenizer.pad_token_id == TOKENS + 1 and model.added_rows == 1
+    assert model(**batch(model)).loss > 0
+
+
 def test_an_existing_placeholder_token_is_taken(tmp_path):
     make_encoder(tmp_path / "encoder")
     for token in ("<image>", "<|image_pad|>"):
-        folder = make_decoder("qwen2", tmp_path / token.strip("<|>"), "<|im_start|>", "<|im_end|>", token)
+        folder = make_decoder("llama", tmp_path / token.strip("<|>"), "<|im_start|>", "<|im_end|>", token)
         model = build_model(settings((folder, tmp_path / "encoder")))
         assert model.placeholder_id == TOKENS + 2 and model.added_rows == 0 and model.tokenizer.template == "chatml"
 
