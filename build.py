@@ -17,7 +17,7 @@ from model.decoder import add_rows, decoder_class, decoder_config, load_decoder
 from model.lora import add_lora
 from model.memory import UNPADDED
 from model.projector import build_projector
-from model.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer, rows_needed
 from visual import build_encoder
 from visual.media import Media
 from visual.weights import check_place, is_local
@@ -54,7 +54,7 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Mult
         attn_implementation=config.attn_implementation,
     )
     tokenizer = load_tokenizer(config.decoder, decoder.config.model_type, config.template)
-    rows = add_rows(decoder, len(tokenizer))
+    rows = add_rows(decoder, rows_needed(tokenizer))
     model = _assemble(config, encoder, decoder, tokenizer.placeholder_id, tokenizer, rows)
     if config.checkpoint:
         load_trained(model, config.checkpoint, keep_adapter=True)
@@ -144,6 +144,12 @@ def load_dataset(config: Config, files: list[str], model: MultiModalModel) -> Re
     records = read_records(files)
     if not len(records):
         raise ConfigError(f"there is no record in {', '.join(map(str, files))}")
+    pooling = config.model.media.frame_pooling
+    if config.model.projector.position_embedding and pooling > 1 and any(map(len, records.table["videos"].to_pylist())):
+        raise ConfigError(
+            f"model.projector.position_embedding has a vector for each feature of an image, of which a frame has fewer "
+            f"with model.media.frame_pooling={pooling}: set the former to false or the latter to 1"
+        )
     return RecordDataset(
         records,
         model.tokenizer,

@@ -327,7 +327,7 @@ def write_text(text: str, path: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--data", required=True, help="records: a Parquet, JSON or JSONL file, or a folder of them")
+    parser.add_argument("--data", required=True, help="records: a Parquet, JSON, JSONL or CSV file, or a folder")
     parser.add_argument("--image_root", default=".", help="folder that image paths are relative to")
     parser.add_argument("--limit", type=int, help="only the first records")
     parser.add_argument("--batch_size", type=int, default=64)

@@ -7,6 +7,7 @@
     trainer_state.json     the log, written last: its presence says that the run is finished
 """
 
+import operator
 import shutil
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def resume_point(config: Config, main_process: bool = True) -> Path | None:
             what.
     """
     folder = Path(config.train.output_dir)
-    _check_not_needed(folder, config.model.checkpoint)
+    for key in ("checkpoint", "decoder", "encoder.path"):
+        _check_not_needed(folder, f"model.{key}", operator.attrgetter(key)(config.model))
+    if (folder / SPEC_FILE).exists() and not (folder / CONFIG_FILE).exists():
+        raise RunError(f"{folder} holds a model that no run wrote there; choose another train.output_dir")
     if main_process and config.train.overwrite:
         remove_run(folder)
     checkpoints = complete_checkpoints(folder)
@@ -68,14 +72,12 @@ def resume_point(config: Config, main_process: bool = True) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def _check_not_needed(folder: Path, start: str | None) -> None:
-    """Raises RunError if a run in `folder` would write over its own start, or over a model that is no run's."""
+def _check_not_needed(folder: Path, key: str, start: str | None) -> None:
+    """Raises RunError if a run in `folder` would write over what it starts from."""
     if start and Path(start).resolve().is_relative_to(folder.resolve()):
         inside = Path(start).resolve().relative_to(folder.resolve()).parts
-        if not inside or inside[0] == UNFINISHED or inside[0].startswith("checkpoint-"):
-            raise RunError(f"model.checkpoint={start} lies in train.output_dir={folder}, where this run writes its own")
-    if (folder / SPEC_FILE).exists() and not (folder / CONFIG_FILE).exists():
-        raise RunError(f"{folder} holds a model that no run wrote there; choose another train.output_dir")
+        if not inside or inside[0] in (UNFINISHED, DECODER_FOLDER) or inside[0].startswith("checkpoint-"):
+            raise RunError(f"{key}={start} lies in train.output_dir={folder}, where this run writes its own")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -98,8 +100,7 @@ def remove_run(folder: Path) -> None:
     """Deletes what a run writes into its output folder and nothing else."""
     for path in [folder / UNFINISHED, *checkpoint_folders(folder)]:
         shutil.rmtree(path, ignore_errors=True)
-    if (folder / SPEC_FILE).exists():  # which says that this folder of so plain a name is the run's
-        shutil.rmtree(folder / DECODER_FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / DECODER_FOLDER, ignore_errors=True)
     weights = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, PROJECTOR_FILE, ENCODER_FILE, ROWS_FILE)
     for name in (TRAINER_STATE_NAME, SPEC_FILE, *weights, CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from model.export import new_folder
 from model.export_llava import export_llava
 from model.model import MultiModalModel
 from model.projector import build_projector
-from model.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer, rows_needed
 from visual import build_encoder
 from visual.pretrained import kind_of
 from visual.weights import check_place
@@ -58,7 +58,7 @@ def assemble(
     tower = build_encoder(kind, str(encoder), layer=feature_layer, dtype=dtype)
     language_model = load_decoder(decoder, dtype)
     tokenizer = load_tokenizer(decoder, language_model.config.model_type, template)
-    rows = add_rows(language_model, len(tokenizer))
+    rows = add_rows(language_model, rows_needed(tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = build_projector("mlp", tower.width, language_model.config.hidden_size, init_std=None)

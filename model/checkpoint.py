@@ -4,7 +4,7 @@ A checkpoint folder holds
 
     adapter_model.safetensors, adapter_config.json    LoRA in peft's format; absent for a decoder without LoRA
     projector.safetensors                             parameters of the projector
-    decoder/, encoder.safetensors                     whole decoder (in the format of transformers) and encoder, where
+    trained_decoder/, encoder.safetensors             whole decoder (in the format of transformers) and encoder, where
                                                       they were trained
     added_rows.safetensors                            embeddings of tokens that the decoder's files have no row for
     kanjian.json                                      format version, arguments that rebuild the model, paths of the
@@ -45,9 +45,13 @@ SPEC_FILE = "kanjian.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 PROJECTOR_FILE = "projector.safetensors"
-DECODER_FOLDER = "decoder"
+DECODER_FOLDER = "trained_decoder"
 ENCODER_FILE = "encoder.safetensors"
 ROWS_FILE = "added_rows.safetensors"
+NO_ADAPTER = (
+    "adapter: the checkpoint's LoRA layers have no place in the model; merge them (export.py --format merged), and "
+    "start from that folder"
+)
 PATH_KEYS = ("path", "pretrained")  # entries of the encoder's and decoder's spec that may be places on disk
 
 
@@ -274,9 +278,11 @@ def load_states(
         ValueError: names `source` and lists `problems` and every missing, unexpected and misshapen weight.
     """
     has_adapter = isinstance(model.decoder, PeftModel)
+    ours = _adapter_state(model.decoder) if has_adapter else {}
+    adapter_differences = _weight_differences("adapter", ours, adapter)
     problems = [
         *(problems or []),
-        *_weight_differences("adapter", _adapter_state(model.decoder) if has_adapter else {}, adapter),
+        *(adapter_differences if has_adapter or not adapter else [NO_ADAPTER]),
         *_weight_differences("projector", model.projector.state_dict(), projector),
     ]
     if problems:

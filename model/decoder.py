@@ -62,6 +62,8 @@ def load_decoder(
     if PreTrainedConfig.get_config_dict(path)[0].get("model_type") == LLAVA:
         model_class, kwargs["key_mapping"] = decoder_reader(model_class)
     model = load_strictly(model_class, path, config=config, dtype=dtype, **kwargs)
+    if "key_mapping" in kwargs:
+        del model._weight_conversions  # by which save_pretrained would give the weights LLaVA's names again
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = model.dtype

@@ -22,6 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from model.decoder import Head
 from model.export import (
     IMAGE_TOKEN,
     compare,
@@ -126,6 +127,8 @@ def _text_config(decoder: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConf
     head = getattr(head, "base_layer", head)
     if getattr(head, "bias", None) is not None and head.bias.any():
         raise ValueError(f"LLaVA's head has no bias, that of this {kind} has")
+    if (scale := Head(decoder).scale) != 1:
+        raise ValueError(f"LLaVA does not scale logits, this {kind} does, by {scale:g}")
     if cap := getattr(decoder.config, "final_logit_softcapping", None):
         raise ValueError(f"LLaVA does not squash logits, this {kind} does (final_logit_softcapping {cap})")
     config = copy.deepcopy(decoder.config)

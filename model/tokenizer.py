@@ -159,3 +159,15 @@ def load_tokenizer(path: str | Path, model_type: str, template: str | None = Non
     if template not in (None, QWenTokenizer.template):
         raise ValueError(f"Qwen-1 knows the template {QWenTokenizer.template!r} alone, got {template!r}")
     return QWenTokenizer.from_pretrained(path)
+
+
+def rows_needed(tokenizer: QWenTokenizer | ChatTokenizer) -> int:
+    """Rows that embeddings need for every token that a sample can have: text, and control tokens of the template.
+
+    A tokenizer may have further special tokens, of which no text is made.
+    """
+    turns = [turn for turn in TEMPLATES[tokenizer.template][1:] if turn is not None]
+    texts = [part.replace("{eos}", tokenizer.eos_token) for turn in turns for part in turn]
+    control = [token for text in texts for token in tokenizer.encode_control(text)]
+    special = [tokenizer.placeholder_id, tokenizer.pad_token_id, *tokenizer.stop_ids, *tokenizer.begin_ids]
+    return 1 + max([*control, *special])

@@ -404,6 +404,28 @@ def test_a_run_does_not_overwrite_what_it_starts_from(tiny, tmp_path, name):
     assert (tmp_path / "run" / "kanjian.json").exists()
 
 
+@pytest.mark.parametrize("tune", ["lora", "decoder"])
+def test_a_decoder_in_the_output_folder_stays(tiny, tmp_path, tune):
+    """As in the default run, whose stages share a folder."""
+    shutil.copytree(tiny.folder / "decoder", tmp_path / "run" / "decoder")
+    before = (tmp_path / "run" / "decoder" / "model.safetensors").read_bytes()
+    settings = [f"model.decoder={tmp_path}/run/decoder", "max_steps=2", f"tune={tune}"]
+    train(tiny.config(tmp_path / "run", *settings))
+    train(tiny.config(tmp_path / "run", *settings, "overwrite=true"))
+    assert (tmp_path / "run" / "decoder" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "run" / "trained_decoder").exists() == (tune == "decoder")
+    MultiModalModel.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["decoder", "encoder.path"])
+@pytest.mark.parametrize("place", ["trained_decoder", "checkpoint-4/trained_decoder"])
+def test_a_run_does_not_overwrite_its_weights(tiny, tmp_path, key, place):
+    shutil.copytree(tiny.folder / key.partition(".")[0], tmp_path / "run" / place)
+    with pytest.raises(RunError, match=f"model.{key}=.* lies in train.output_dir"):
+        train(tiny.config(tmp_path / "run", f"model.{key}={tmp_path}/run/{place}", "overwrite=true"))
+    assert (tmp_path / "run" / place / "config.json").exists()
+
+
 def test_a_run_goes_on_when_its_start_is_gone(tiny, tmp_path):
     folder, start = tmp_path / "run", tmp_path / "run" / "stage1"  # no run touches a folder of that name
     settings = [f"model.checkpoint={start}", "max_steps=4"]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,18 @@ def test_training_starts_from_a_llava_folder(parts, run, tmp_path, family, saved
     again = MultiModalModel.from_pretrained(tmp_path / "run")
     with torch.no_grad():
         torch.testing.assert_close(again(ids, pixel_values=pixel_values).logits, expected, atol=1e-5, rtol=0)
+
+    config.tune = "all"
+    whole = build_model(config).eval()
+    whole.save_pretrained(tmp_path / "whole")  # under the decoder's own names, whatever those in the LLaVA were
+    with torch.no_grad():
+        for found in (MultiModalModel.from_pretrained(tmp_path / "whole"), continued(config, tmp_path / "whole")):
+            torch.testing.assert_close(found(ids, pixel_values=pixel_values).logits, expected, atol=1e-5, rtol=0)
+
+
+def continued(config: ModelConfig, checkpoint) -> MultiModalModel:
+    """The model of a run that goes on from a checkpoint of its own."""
+    return build_model(replace(config, checkpoint=str(checkpoint))).eval()
 
 
 def test_a_projector_of_other_features_is_refused(parts, run, tmp_path):

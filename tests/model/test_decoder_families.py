@@ -173,18 +173,21 @@ def test_lora_on_a_decoder_that_was_trained_as_a_whole(tmp_path, first):
     expected = logits(model, inputs)
 
     start = {"tune": "lora", "checkpoint": str(tmp_path / "whole")}
-    with pytest.raises(ValueError, match=f"start from it with model.decoder={tmp_path}/whole/decoder"):
+    with pytest.raises(ValueError, match=f"start from it with model.decoder={tmp_path}/whole/trained_decoder"):
         build_model(settings(folders, **start))
-    lora = build_model(settings((tmp_path / "whole" / "decoder", folders[1]), **start)).eval()
+    lora = build_model(settings((tmp_path / "whole" / "trained_decoder", folders[1]), **start)).eval()
     torch.testing.assert_close(logits(lora, inputs), expected, rtol=0, atol=0)
     for name, parameter in lora.decoder.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)
     lora.save_pretrained(tmp_path / "lora")
     assert (tmp_path / "lora" / "encoder.safetensors").exists() == (first == "all")
-    assert not (tmp_path / "lora" / "decoder").exists()
+    assert not (tmp_path / "lora" / "trained_decoder").exists()
     loaded = MultiModalModel.from_pretrained(tmp_path / "lora")
     torch.testing.assert_close(logits(loaded, inputs), logits(lora, inputs), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="LoRA layers have no place in the model; merge them .export.py") as error:
+        build_model(settings(folders, tune="decoder", checkpoint=str(tmp_path / "lora")))
+    assert "lora_A" not in str(error.value)
 
 
 def test_rows_are_added_only_where_none_is_spare(tmp_path):

@@ -16,6 +16,8 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
+    CohereConfig,
+    GraniteConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -28,7 +30,7 @@ from model.llava import is_llava
 from model.lora import add_lora
 from model.projector import build_projector
 from model.tokenizer import ChatTokenizer, load_tokenizer
-from tests.model.families import FAMILIES, byte_tokenizer, make_decoder
+from tests.model.families import FAMILIES, SHAPE, byte_tokenizer, make_decoder
 from visual import build_encoder
 from visual.media import Media
 
@@ -215,6 +217,13 @@ def test_what_llava_cannot_compute_is_refused(build, tmp_path, family, projector
     with pytest.raises(ValueError, match=message):
         export_llava(build(family, *CHATML, media=media, **projector), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [CohereConfig(**SHAPE, logit_scale=0.3), GraniteConfig(**SHAPE, logits_scaling=3)])
+def test_logits_that_are_scaled_are_refused(build, tmp_path, monkeypatch, config):
+    monkeypatch.setitem(FAMILIES, "scaled", lambda: config)
+    with pytest.raises(ValueError, match=f"LLaVA does not scale logits, this {config.model_type} does, by 0.3"):
+        export_llava(build("scaled", *CHATML), tmp_path / "out")
 
 
 def test_frame_pooling_concerns_clips_alone(build, tmp_path):
