@@ -91,10 +91,10 @@ class MultiModalModel(nn.Module):
     @property
     def num_positions(self) -> int | None:
         """The longest text of a decoder with learned position vectors, such as GPT-2; None where nothing limits it."""
-        trunk = self.language_model.base_model
-        words = self.language_model.get_input_embeddings()
-        tables = [m for m in trunk.modules() if isinstance(m, nn.Embedding) and m is not words]
-        return self.language_model.config.max_position_embeddings if tables else None
+        words = len(self.language_model.get_input_embeddings().weight)
+        tables = [m for m in self.language_model.base_model.modules() if isinstance(m, nn.Embedding)]
+        has_positions = any(len(table.weight) != words for table in tables)
+        return self.language_model.config.max_position_embeddings if has_positions else None
 
     def tune(self, decoder: bool, encoder: bool) -> None:
         """Makes the whole decoder, or the encoder, trainable; their weights must be float32."""
