@@ -342,11 +342,32 @@ def test_a_checkpoint_saved_into_a_legacy_folder_is_what_counts(golden, tmp_path
     assert torch.equal(again.projector.layers[0].weight, model.projector.layers[0].weight)
 
 
+def of_format_2(spec: dict) -> dict:
+    """What `kanjian.json` said before decoders other than Qwen-1, trained decoders and views."""
+    spec = {key: value for key, value in spec.items() if key not in ("template", "media", "holds")}
+    del spec["decoder"]["rows"], spec["projector"]["pixel_shuffle"]
+    return {**spec, "format": 2}
+
+
+def test_format_2_is_read(outputs, make_model):
+    model = _model(outputs, make_model)
+    model.save_pretrained(outputs / "run")
+    file = outputs / "run" / "kanjian.json"
+    file.write_text(json.dumps(of_format_2(json.loads(file.read_text()))))
+    loaded = MultiModalModel.from_pretrained(outputs / "run")
+    assert loaded.media.num_features == model.media.num_features and not loaded.holds
+    ids = torch.tensor([[5, *[model.placeholder_id] * model.media.num_features, 6, 7]])
+    pixel_values = torch.randn(1, 3, *model.encoder.image_size)
+    with torch.no_grad():
+        expected = model(ids, pixel_values=pixel_values).logits
+        torch.testing.assert_close(loaded(ids, pixel_values=pixel_values).logits, expected, rtol=0, atol=0)
+
+
 def test_format_1_is_read(outputs, make_model):
     """It had no system text, which lay in config.yaml, and no quantization."""
     _model(outputs, make_model).save_pretrained(outputs / "run")
     file = outputs / "run" / "kanjian.json"
-    spec = json.loads(file.read_text())
+    spec = of_format_2(json.loads(file.read_text()))
     del spec["system"], spec["weights"], spec["decoder"]["quantization"]
     file.write_text(json.dumps({**spec, "format": 1}))
     assert MultiModalModel.from_pretrained(outputs / "run").system is None
