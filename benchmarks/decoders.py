@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from config import read_config
@@ -38,6 +39,11 @@ def main() -> None:
         sys.exit(f"there is no {RUN}/tower; make it with `bash train.sh`")
     rows = [measure(name, arguments.text_steps, arguments.overrides, arguments.limit) for name in arguments.only]
     header = ("decoder", "parameters", *TYPES, "all", "blind", "shuffled", "unseen pairs")
+    print_table(header, rows)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows in columns, and once more in Markdown."""
     print(text_table([header, *rows], right=range(1, len(header))))
     print("\n| " + " | ".join(header) + " |\n|---" + "|---:" * (len(header) - 1) + "|")
     for row in rows:

@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 
 from benchmarks.decoders import RUN as DEFAULT_RUN
-from benchmarks.decoders import SCENES, start
+from benchmarks.decoders import SCENES, print_table, start
 from config import read_config
 from dataset.record import read_records
 from evaluate import CONDITIONS, evaluate, write_text
 from model import MultiModalModel
-from model.table import text_table
 
 MOVING, RUN = Path("data/moving"), Path("outputs/moving")
 
@@ -40,10 +39,7 @@ def main() -> None:
     header = ("question", *CONDITIONS, "questions")
     rows = [(name, *figures(cell)) for name, cell in report["by_type"].items()]
     rows.append(("all", *figures({**report, **report["accuracy"]})))
-    print(text_table([header, *rows], right=range(1, len(header))))
-    print("\n| " + " | ".join(header) + " |\n|---" + "|---:" * (len(header) - 1) + "|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+    print_table(header, rows)
 
 
 def figures(cell: dict) -> tuple[str, ...]:

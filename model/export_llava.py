@@ -34,13 +34,13 @@ from model.export import (
     save_weights,
     write_json,
 )
+from model.llava import PROJECTOR_NAMES
 from model.model import MultiModalModel
 from model.projector import Projector
 from qwen import QWenConfig
 from visual.twin import transformers_tower
 from visual.weights import load_strictly
 
-PROJECTOR_NAMES = {"layers.0": "linear_1", "layers.2": "linear_2"}
 NORM_SCALE = 2.0**24  # a power of two: scaling by it rounds nothing
 # In files -> in the class of transformers. The first was the decoder's class with head when the layout was published,
 # and stands for that without head whatever the decoder calls it.

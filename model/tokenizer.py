@@ -13,8 +13,8 @@ from dataset.template import TEMPLATES, choose_template
 from qwen import QWenConfig, QWenTokenizer
 from visual.weights import check_place
 
-PLACEHOLDERS = ("<image>", "<|image_pad|>")  # the first that a tokenizer has stands for a feature, else the first
-EXTRA = "<|extra_0|>"
+# The first that a tokenizer has stands for a feature; one that has none gets the first.
+PLACEHOLDERS = ("<image>", "<|image_pad|>", "<|extra_0|>")
 
 
 class ChatTokenizer:
@@ -40,7 +40,7 @@ class ChatTokenizer:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         vocabulary = tokenizer.get_vocab()
-        self.placeholder = next((token for token in (*PLACEHOLDERS, EXTRA) if token in vocabulary), PLACEHOLDERS[0])
+        self.placeholder = next((token for token in PLACEHOLDERS if token in vocabulary), PLACEHOLDERS[0])
         tokenizer.add_tokens([self.placeholder], special_tokens=True)  # nothing where it is one already
         self.hf = tokenizer
         self.template = template or choose_template(list(vocabulary))
