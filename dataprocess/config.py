@@ -3,21 +3,35 @@
     output: data/records       folder for train.parquet, validation.parquet and report.json
     image_root: data           paths of images and videos are written relative to it; null: what their folders share
     validation: 0.02           share of images and videos that goes to validation.parquet with their records; 0: none
-    seed: 0                    decides which those are, and with `captions: one` which caption is kept
-    workers: 4                 threads that decode images and videos; changes no result
+    seed: 0                    decides which those are, which rows `samples` takes and which answer `captions: one`
+    workers: null              processes that decode images and videos; null: all cores; changes no result
+    on_error: stop             at the first record that can't be used; skip: leave such records out, list and count them
+    engine: local              or ray: the same work on a Ray cluster (requirements-ray.txt)
+    shard_mb: null             about so many MB of images and videos to a tar file beside the records; null: no copies
+    model: null                training configuration (configs/x.yaml) with whose tokenizer `--preview` shows the data
     sources:
-      - format: llava          see `dataprocess.readers.FORMATS`
+      - format: llava          see `dataprocess.sources.FORMATS`
         annotations: detail_23k.json
         images: train2017      folder that the file's names of images and videos are relative to
         name: detail           first part of the ids of its records; default: stem of the annotation file
+        samples: 10000         so many of its rows, drawn by seed; null: all
+        weight: 0.5            its share of the samples in training, against the weights of the others; null: its size
 
-Options of single formats: `captions` (all: a record per caption; one: one caption per image), `prompts` (questions
-that take turns), `splits` (parts of the file to read), `image_map`. A `table` of texts alone needs no `images`. Paths
-are relative to the working directory.
+Options of single formats:
 
-Configurations that name their downloads by the keys in `OLD_KEYS` instead of a list of sources work too.
+    follow_links: true         names may be links that lead out of `images`, as in folders of linked folders
+    captions: all              a record for each answer to the same question; one: a single one, drawn by seed
+    prompts: ["<image>\\n..."] questions that take turns, with {question} in them where the file has the questions
+    language: zh               of the prompts in dataprocess/prompts/, where the source has none of its own
+    splits: [train, val]       parts of the file to read; null: those for training
+    choices: true              a_okvqa: the options stand in the question
+    image_map: image_map.json  image_map: its second file
+
+Paths are relative to the working directory. Configurations that name their downloads by the keys in `OLD_KEYS` instead
+of a list of sources work too.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +40,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dataprocess.readers import FORMATS, Source
-from dataset.record import IMAGE_PLACEHOLDER, nearest
+from dataprocess.sources import FORMATS, Source
+from dataprocess.sources.source import LANGUAGES
+from dataset.rows import IMAGE_PLACEHOLDER, nearest
 
 OLD_KEYS = (
     "ali_image_path",  # AI Challenger: folder of the images
@@ -38,6 +53,8 @@ OLD_KEYS = (
     "output_image_map",  # image_map.json and captions.json made from these: read only if none of the above is set,
     "output_captions",  # since they hold the same records once more
 )
+# Keys that a source of any format may have.
+COMMON_OPTIONS = ("format", "annotations", "name", "samples", "weight")
 
 
 class ConfigError(ValueError):
@@ -50,7 +67,11 @@ class Config:
     image_root: str | None = None
     validation: float = 0.02
     seed: int = 0
-    workers: int = 4
+    workers: int | None = None
+    on_error: str = "stop"
+    engine: str = "local"
+    shard_mb: int | None = None
+    model: str | None = None
     sources: list[Source] = field(default_factory=list)
 
 
@@ -65,6 +86,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except Exception as error:  # the YAML library has several bases of its own for what it can't parse
         raise ConfigError(f"{path}: not YAML: {error}") from None
     for override in overrides:
@@ -75,8 +98,11 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
             value = OmegaConf.from_dotlist([f"value={override[len(key) + 1 :]}"]).value
             OmegaConf.update(loaded, key, value, merge=False)
         except Exception as error:  # same, and whatever a path through the wrong kind of node leads to
-            raise ConfigError(f"argument {override!r}: {error}") from None
-    values = OmegaConf.to_container(loaded, resolve=True)
+            raise ConfigError(f"argument {override!r}: {str(error).splitlines()[0]}") from None
+    try:
+        values = OmegaConf.to_container(loaded, resolve=True)
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere
+        raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     return check_config(values)
@@ -87,22 +113,20 @@ def check_config(values: dict[str, Any]) -> Config:
     values = dict(values)
     check_keys(values, [*Config.__dataclass_fields__, *OLD_KEYS], "the configuration")
     old = {key: values.pop(key, None) for key in OLD_KEYS}
-    sources = values.get("sources") or []
+    sources = values.pop("sources", None) or []
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         raise ConfigError(f"sources: expected a list of mappings, got {sources!r:.80}")
-    values["sources"] = [*sources, *old_sources(old)]
-    for number, source in enumerate(values["sources"]):
+    config = typed(Config, values, "")
+    check_values(config)
+    for number, source in enumerate([*sources, *old_sources(old)]):
         check_source(source, f"sources.{number}")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    if not 0 <= config.validation < 1:
-        raise ConfigError(f"validation: expected a share of at least 0 and below 1, got {config.validation}")
-    if config.workers < 1:
-        raise ConfigError(f"workers: expected at least 1, got {config.workers}")
+        config.sources.append(typed(Source, source, f"sources.{number}: "))
+        check_source_values(config.sources[-1], f"sources.{number}")
     if not config.sources:
         raise ConfigError("sources: nothing to read; list at least one source")
+    weighted = {source.weight is not None for source in config.sources}
+    if len(weighted) == 2:
+        raise ConfigError("weight: some sources have one and some have none; give one to every source or to none")
     names = set()
     for source in config.sources:
         source.name = source.name or Path(source.annotations).stem
@@ -112,6 +136,31 @@ def check_config(values: dict[str, Any]) -> Config:
     return config
 
 
+def typed(kind: type, values: dict[str, Any], where: str) -> Any:
+    """`kind(**values)` with values of its types, converted where YAML gives another (a number for a text)."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def check_values(config: Config) -> None:
+    """Refuses values that are of the right type and yet impossible."""
+    if not 0 <= config.validation < 1:
+        raise ConfigError(f"validation: expected a share of at least 0 and below 1, got {config.validation}")
+    if not config.output:
+        raise ConfigError("output: expected a folder, got ''")
+    for key in ("workers", "shard_mb"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}: expected at least 1, or null, got {value}")
+    for key, known in (("on_error", ("stop", "skip")), ("engine", ("local", "ray"))):
+        if getattr(config, key) not in known:
+            raise ConfigError(f"{key}: expected {' or '.join(known)}, got {getattr(config, key)!r}")
+    if config.model and not os.path.isfile(config.model):
+        raise ConfigError(f"model: there is no file {config.model}; name a configuration such as configs/scenes.yaml")
+
+
 def check_keys(values: dict[str, Any], known: list[str], where: str) -> None:
     for key in values:
         if key not in known:
@@ -119,27 +168,41 @@ def check_keys(values: dict[str, Any], known: list[str], where: str) -> None:
 
 
 def check_source(values: dict[str, Any], where: str) -> None:
-    """Refuses a source whose keys or values its format has no use for."""
-    if values.get("format") not in FORMATS:
-        raise ConfigError(f"{where}: unknown format {values.get('format')!r}{nearest(values.get('format'), FORMATS)}")
-    options = FORMATS[values["format"]].options
-    check_keys(values, ["format", "annotations", "images", "name", *options], f"{where} ({values['format']})")
-    second = {"image_map": ["image_map"], "table": []}.get(values["format"], ["images"])
-    for key in ("annotations", *second):
+    """Refuses a source with a key that its format has no use for, or without one that it needs."""
+    name = values.get("format")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ConfigError(f"{where}: unknown format {name!r}{nearest(name, FORMATS)}")
+    form = FORMATS[name]
+    check_keys(values, [*COMMON_OPTIONS, *form.options], f"{where} ({name})")
+    for key in ("annotations", *(["images"] if form.images else []), *(["image_map"] if name == "image_map" else [])):
         if not values.get(key):
-            raise ConfigError(f"{where} ({values['format']}): {key} is missing")
-    if values.get("captions", "all") not in ("all", "one"):
-        raise ConfigError(f"{where}: captions must be all or one, got {values['captions']!r}")
-    for prompt in values.get("prompts") or []:
-        if str(prompt).count(IMAGE_PLACEHOLDER) != 1:
-            raise ConfigError(f"{where}: each prompt holds {IMAGE_PLACEHOLDER} once, got {prompt!r}")
+            raise ConfigError(f"{where} ({name}): {key} is missing")
+
+
+def check_source_values(source: Source, where: str) -> None:
+    """Refuses files that are not there, and values that are of the right type and yet impossible."""
+    if source.captions not in ("all", "one"):
+        raise ConfigError(f"{where}: captions must be all or one, got {source.captions!r}")
+    if source.samples is not None and source.samples < 1:
+        raise ConfigError(f"{where}: samples: expected at least 1, or null for all rows, got {source.samples}")
+    if source.weight is not None and not 0 < source.weight < math.inf:
+        raise ConfigError(f"{where}: weight: expected a number above 0, or null, got {source.weight}")
+    if source.language not in (None, *LANGUAGES):
+        raise ConfigError(f"{where}: language: expected {' or '.join(LANGUAGES)}, got {source.language!r}")
+    asked = FORMATS[source.format].prompts == "question"
+    for prompt in source.prompts or []:
+        for part, count in ((IMAGE_PLACEHOLDER, 1), ("{question}", int(asked))):
+            if prompt.count(part) != count:
+                often = "once" if count else f"nowhere, since files of format {source.format} have no questions"
+                raise ConfigError(f"{where}: each prompt holds {part} {often}, got {prompt!r}")
     for key, exists, what in (
         ("annotations", os.path.isfile, "file"),
         ("image_map", os.path.isfile, "file"),
         ("images", os.path.isdir, "folder"),
     ):
-        if values.get(key) and not exists(values[key]):
-            raise ConfigError(f"{where}: {key}: there is no {what} {values[key]}")
+        path = getattr(source, key)
+        if path and not exists(path):
+            raise ConfigError(f"{where}: {key}: there is no {what} {path}")
 
 
 def old_sources(old: dict[str, str | None]) -> list[dict[str, str]]:

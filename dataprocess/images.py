@@ -2,12 +2,13 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable
-from multiprocessing.pool import ThreadPool
+import os
+import warnings
 from typing import NamedTuple
 
-from PIL import Image
-from tqdm import tqdm
+from PIL import ExifTags, Image, ImageOps
+
+LARGEST = 1 << 30  # bytes of a file; with Pillow's limit of pixels, no image needs as many
 
 
 class Checked(NamedTuple):
@@ -16,43 +17,35 @@ class Checked(NamedTuple):
     digest: str | None
     reason: str | None = None
     problem: str | None = None
-
-
-def check_images(paths: Iterable[str], workers: int) -> dict[str, Checked]:
-    """Reads and decodes every image whole."""
-    return check_files(paths, check_image, workers, "images")
-
-
-def check_files(
-    paths: Iterable[str], check: Callable[[str], Checked], workers: int, what: str
-) -> dict[str, Checked]:
-    """What `check` finds of each path. Threads do: decoders of images and videos leave Python's lock to others."""
-    paths = list(paths)
-    with ThreadPool(workers) as pool:
-        results = pool.imap(check, paths, chunksize=16)
-        results = tqdm(results, f"Checking {what}", len(paths), unit=f" {what}", disable=None)
-        return dict(zip(paths, results, strict=True))
+    was_read: bool = True  # False: the file could not be opened, which says nothing about what is in it
 
 
 def check_image(path: str) -> Checked:
+    """Reads and decodes an image whole. A JPEG is read to its end, but put together at an eighth of its size."""
     try:
         with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > LARGEST:
+                return Checked(None, "image too large", f"{path}: the file has more than {LARGEST >> 20} MiB")
             content = file.read()
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        return Checked(None, "image missing" if missing else "image unreadable", f"{path}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        problem = f"{path}: {getattr(error, 'strerror', None) or error}"
+        return Checked(None, "image missing" if missing else "image unreadable", problem, was_read=False)
+    if not content:
+        return Checked(None, "image unreadable", f"{path}: the file is empty")
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                problem = f"{path}: {image.width}x{image.height} pixels, above the limit of {limit}"
-                return Checked(None, "image too large", problem)
-            image.draft(None, (1, 1))  # a JPEG is still read to its end, but put together at an eighth of its size
-            image.load()
-    except Image.DecompressionBombError as error:
-        return Checked(None, "image too large", f"{path}: {error}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # just above the limit Pillow only warns
+            with Image.open(io.BytesIO(content)) as image:
+                image.draft(None, (1, 1))
+                image.load()
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    ImageOps.exif_transpose(image)  # as training will do; it fails where the metadata are damaged
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        hint = "if the file is to be trusted, scale it down"
+        return Checked(None, "image too large", f"{path}: {error}; {hint}")
     except Image.UnidentifiedImageError:
         return Checked(None, "image unreadable", f"{path}: not an image in a format that Pillow reads")
     except Exception as error:  # on corrupt data Pillow raises nearly anything, SyntaxError and IndexError included
-        return Checked(None, "image unreadable", f"{path}: {error}")
+        return Checked(None, "image unreadable", f"{path}: {error or type(error).__name__}")
     return Checked(hashlib.blake2b(content, digest_size=16).hexdigest())

@@ -13,18 +13,24 @@ In a file only `messages` is required: `id` defaults to `<file stem>:<row>` (row
 stem. Rows of JSON, JSONL and CSV files may instead have the keys that `dataset.table` explains.
 """
 
+import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dataset.rows import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RecordError, nearest, read_rows
+from dataset.mapped import read_parquet
+from dataset.rows import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RecordError, nearest, read_rows, shown
 from dataset.table import TABLE_KEYS, record_of_row
 
 ROLES = ("system", "user", "assistant", "text")
@@ -39,6 +45,7 @@ SCHEMA = pa.schema({
 FIELDS = tuple(SCHEMA.names)
 PLACEHOLDERS = {"images": IMAGE_PLACEHOLDER, "videos": VIDEO_PLACEHOLDER}
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
+WEIGHTS_KEY = "kanjian.weights"  # in the metadata of a Parquet file: JSON, source -> weight
 BLOCK = 10_000  # records that are Python objects at the same time while a file is read or written
 
 
@@ -46,10 +53,16 @@ class Records(Sequence):
     """Records in an Arrow table [R rows]: one is decoded and validated at each access, so R may be millions.
 
     A slice is again a `Records`.
+
+    Args:
+        table: of `SCHEMA`.
+        weights: how often each source is to be drawn in training, as the files say; empty where they don't.
     """
 
-    def __init__(self, table: pa.Table):
-        self.table = table
+    def __init__(self, table: pa.Table, weights: dict[str, float] | None = None):
+        self.table, self.weights = table, weights or {}
+        self._batches = table.to_batches()
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches])
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -58,10 +71,12 @@ class Records(Sequence):
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step == 1:
-                return Records(self.table.slice(start, max(stop - start, 0)))
+                return Records(self.table.slice(start, max(stop - start, 0)), self.weights)
             return self.select(range(start, stop, step))
         position = range(len(self))[index]
-        return _decode(self.table.slice(position, 1).to_pylist()[0])
+        number = int(np.searchsorted(self._ends, position, side="right"))
+        batch = self._batches[number]  # found here, as a table's own slice goes through all of them
+        return _decode(batch.slice(position - int(self._ends[number]) + batch.num_rows, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[dict]:
         for batch in self.table.to_batches(max_chunksize=BLOCK):
@@ -69,7 +84,26 @@ class Records(Sequence):
 
     def select(self, indices: Sequence[int]) -> "Records":
         """The records at `indices`, in that order."""
-        return Records(self.table.take(pa.array(indices, pa.int64())))
+        return Records(self.table.take(pa.array(indices, pa.int64())), self.weights)
+
+    def media_counts(self, kind: str) -> np.ndarray:
+        """[R] how many `kind` ("images", "videos" or "audios") each record has; no record is decoded for it."""
+        return pc.fill_null(pc.list_value_length(self.table[kind]), 0).to_numpy()
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """Names of the sources in the order of their first records, and [R] the number of each record's source."""
+        encoded = self.table["source"].fill_null("").combine_chunks().dictionary_encode()  # null is refused later
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = encoded.unify_dictionaries().combine_chunks()
+        return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+    def fingerprint(self) -> str:
+        """Tells these records from others: a digest of their number, of their texts' lengths and of 10,000 of them."""
+        characters = {name: pc.sum(pc.binary_length(self.table[name])).as_py() for name in ("id", "source", "meta")}
+        turns = pc.list_flatten(self.table["messages"])
+        characters["messages"] = pc.sum(pc.binary_length(pc.struct_field(turns, "content"))).as_py()
+        rows = [self[index] for index in range(0, len(self), max(len(self) // 10_000, 1))]
+        return hashlib.sha256(json.dumps([len(self), characters, rows]).encode()).hexdigest()
 
 
 def _decode(row: dict) -> dict:
@@ -85,29 +119,34 @@ def validate_record(record: Any) -> dict:
     """The record with every field present (absent media are `[]`, absent `meta` is `{}`).
 
     Raises:
-        RecordError: unknown field, wrong type, roles out of order, an empty answer or text, or a number of `<image>`
-            or `<video>` that differs from the number of images or videos.
+        RecordError: unknown field, wrong type, a path that may lead out of its folder, roles out of order, an empty
+            turn, answer or text, or a number of `<image>` or `<video>` that differs from the number of images or
+            videos.
     """
     if not isinstance(record, dict):
-        raise RecordError.of(None, "fields", f"expected an object with {', '.join(FIELDS)}; got {record!r:.80}")
+        raise RecordError.of(None, "fields", f"expected an object with {', '.join(FIELDS)}; got {shown(record)}")
     name = record.get("id")
     unknown = [key for key in record if key not in FIELDS]
     if unknown:
-        raise RecordError.of(name, "fields", f"unknown field {unknown[0]!r}{nearest(unknown[0], FIELDS)}")
+        raise RecordError.of(name, "fields", f"unknown field {shown(unknown[0])}{nearest(unknown[0], FIELDS)}")
     for key in ("id", "source"):
-        if not isinstance(record.get(key), str) or not record[key]:
-            raise RecordError.of(name, "fields", f"{key} must be a non-empty string, got {record.get(key)!r}")
+        if not record.get(key) or not _is_text(record[key]):
+            raise RecordError.of(name, "fields", f"{key} must be a non-empty string, got {shown(record.get(key))}")
     complete = {"id": name, "source": record["source"]}
     for key in MEDIA:
         complete[key] = [] if record.get(key) is None else record[key]
-        if not isinstance(complete[key], list) or not all(isinstance(path, str) and path for path in complete[key]):
-            raise RecordError.of(name, "fields", f"{key} must be a list of paths, got {complete[key]!r:.80}")
+        if not isinstance(complete[key], list) or not all(path and _is_text(path) for path in complete[key]):
+            raise RecordError.of(name, "fields", f"{key} must be a list of paths, got {shown(complete[key])}")
+        for path in complete[key]:
+            if path.startswith("/") or ".." in re.split(r"[/\\]", path) or "\0" in path:
+                problem = f"{key}: {shown(path)} is absolute or climbs with .."
+                raise RecordError.of(name, "path", f"{problem}; name files relative to their folder")
     complete["messages"] = _validate_messages(name, record.get("messages"))
-    complete["meta"] = record.get("meta") or {}
+    complete["meta"] = {} if record.get("meta") is None else record["meta"]
     if not isinstance(complete["meta"], dict) or not all(
-        isinstance(key, str) and isinstance(value, str | int) for key, value in complete["meta"].items()
+        _is_text(key) and (isinstance(value, int) or _is_text(value)) for key, value in complete["meta"].items()
     ):
-        problem = f"meta must map strings to strings or integers, got {complete['meta']!r:.80}"
+        problem = f"meta must map strings to strings or integers, got {shown(complete['meta'])}"
         raise RecordError.of(name, "fields", problem)
     place = "text" if complete["messages"][0]["role"] == "text" else "user turns"
     for key, placeholder in PLACEHOLDERS.items():
@@ -120,35 +159,47 @@ def validate_record(record: Any) -> dict:
 
 def _validate_messages(name: Any, messages: Any) -> list[dict]:
     if not isinstance(messages, list) or not messages:
-        raise RecordError.of(name, "messages", f"messages must be a non-empty list, got {messages!r:.80}")
+        raise RecordError.of(name, "messages", f"messages must be a non-empty list, got {shown(messages)}")
     previous = None
     for number, turn in enumerate(messages):
         if not isinstance(turn, dict) or set(turn) != {"role", "content"} or turn["role"] not in ROLES:
             expected = f"{{'role': one of {', '.join(ROLES)}, 'content': text}}"
-            raise RecordError.of(name, "messages", f"message {number} must be {expected}, got {turn!r:.80}")
+            raise RecordError.of(name, "messages", f"message {number} must be {expected}, got {shown(turn)}")
         role, content = turn["role"], turn["content"]
-        if not isinstance(content, str) or not _is_unicode(content):
-            raise RecordError.of(name, "messages", f"message {number}: content must be valid text, got {content!r:.80}")
+        if not _is_text(content):
+            problem = f"message {number}: content must be valid text, got {shown(content)}"
+            raise RecordError.of(name, "messages", f"{problem}; fill it in, or drop the record")
         if role == "text" and len(messages) > 1:
             problem = f"message {number} has role 'text', which is for a single message without turns"
             raise RecordError.of(name, "roles", f"{problem}; turns have roles system, user and assistant")
+        if role == "assistant" and previous in (None, "system"):
+            problem = f"the conversation starts with the assistant (message {number})"
+            raise RecordError.of(name, "roles", f"{problem}; put the question before it, or drop the turn")
         if role == previous or (role == "system" and number > 0):
             problem = f"message {number} has role {role!r} after {previous!r}"
             order = "at most one system turn first, then user and assistant in turn"
             raise RecordError.of(name, "roles", f"{problem}; expected {order}")
+        if role == "user" and not content.strip():
+            problem = f"message {number} is a user turn without words, image or video"
+            raise RecordError.of(name, "empty turn", f"{problem}; write the question, or drop it and its answer")
         if role == "assistant" and not content.strip():
-            raise RecordError.of(name, "empty answer", f"message {number} is an assistant turn without text")
+            problem = f"message {number} is an assistant turn without text"
+            raise RecordError.of(name, "empty answer", f"{problem}; write the answer, or drop it and its question")
         if role == "text" and not content.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip():
-            raise RecordError.of(name, "empty text", f"message {number} is a plain text without words")
+            problem = f"message {number} is a plain text without words"
+            raise RecordError.of(name, "empty text", f"{problem}; write some, or drop the record")
         for key, placeholder in PLACEHOLDERS.items():
             if role in ("system", "assistant") and placeholder in content:
                 problem = f"message {number}: {placeholder} in {'an' if role == 'assistant' else 'a'} {role} turn"
-                raise RecordError.of(name, "placeholders", f"{problem}; {key} stand in user turns only")
+                hint = f"{key} stand in user turns only; where a text means the word, write it as < {key[:-1]} >"
+                raise RecordError.of(name, "placeholders", f"{problem}; {hint}")
         previous = role
     return messages
 
 
-def _is_unicode(text: str) -> bool:
+def _is_text(text: Any) -> bool:
+    if not isinstance(text, str):
+        return False
     try:
         text.encode()  # JSON can smuggle in half of a surrogate pair, which no file and no tokenizer takes
     except UnicodeEncodeError:
@@ -160,7 +211,8 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> Records:
     """Records of a Parquet, JSON (a list), JSONL or CSV file, or of all such files of a folder in order of their names.
 
     Several paths are read one after the other. Text files are validated whole, rows of a Parquet file when they are
-    accessed.
+    accessed; large Parquet files are memory-mapped (`dataset.mapped`), so that millions of records open at once and
+    processes share them.
 
     Raises:
         FileNotFoundError: no such file, or a folder without record files.
@@ -177,12 +229,28 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> Records:
         files += found
     if not files:
         raise FileNotFoundError("no record files given")
-    return Records(pa.concat_tables([_read_table(file) for file in files]))
+    return Records(pa.concat_tables([_read_table(file) for file in files]), _weights(files))
+
+
+def _weights(files: Sequence[Path]) -> dict[str, float]:
+    """Weights of sources in the metadata of Parquet files."""
+    weights: dict[str, float] = {}
+    for file in files:
+        if file.suffix != ".parquet":
+            continue
+        written = (pq.read_schema(file).metadata or {}).get(WEIGHTS_KEY.encode())
+        for source, weight in (json.loads(written) if written else {}).items():
+            if weights.setdefault(source, weight) != weight:
+                raise ValueError(
+                    f"{file}: source {source!r} has weight {weight} here and {weights[source]} in an earlier file; "
+                    "make both with one configuration, or set data.weights"
+                )
+    return weights
 
 
 def _read_table(path: Path) -> pa.Table:
     if path.suffix == ".parquet":
-        return _with_defaults(pq.read_table(path, partitioning=None), path)
+        return read_parquet(path, partial(_with_defaults, path=path), SCHEMA)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: records are read from {', '.join(SUFFIXES)} files")
     try:
@@ -202,13 +270,13 @@ def _complete(row: Any, path: Path, number: int) -> Any:
     return {"id": name, "source": path.stem, **row}
 
 
-def _with_defaults(table: pa.Table, path: Path) -> pa.Table:
-    """`table` with exactly the columns of `SCHEMA`, in its types."""
+def _with_defaults(table: pa.Table, first_row: int, path: Path) -> pa.Table:
+    """`table` with exactly the columns of `SCHEMA`, in its types; `first_row` is the number of its first row."""
     unknown = [name for name in table.column_names if name not in FIELDS]
     if unknown or "messages" not in table.column_names:
         problem = f"unknown column {unknown[0]!r}{nearest(unknown[0], FIELDS)}" if unknown else "no 'messages'"
         raise ValueError(f"{path}: {problem}")
-    rows, columns = range(table.num_rows), []
+    rows, columns = range(first_row, first_row + table.num_rows), []
     absent = {"id": lambda row: f"{path.stem}:{row}", "source": lambda row: path.stem, "meta": lambda row: "{}"}
     for field in SCHEMA:
         if field.name in table.column_names:
@@ -227,21 +295,27 @@ def to_table(records: Iterable[dict]) -> pa.Table:
 
 
 def _batches(records: Iterable[dict]) -> Iterator[pa.RecordBatch]:
-    iterator, seen = iter(records), set()
+    iterator, ids = iter(records), []
     while block := list(islice(iterator, BLOCK)):
-        rows = []
-        for record in map(validate_record, block):
-            if record["id"] in seen:
-                raise RecordError.of(record["id"], "id", "two records have this id")
-            seen.add(record["id"])
-            rows.append({**record, "meta": json.dumps(record["meta"], ensure_ascii=False, sort_keys=True)})
-        yield pa.RecordBatch.from_pylist(rows, SCHEMA)
+        rows = [
+            {**record, "meta": json.dumps(record["meta"], ensure_ascii=False, sort_keys=True)}
+            for record in map(validate_record, block)
+        ]
+        batch = pa.RecordBatch.from_pylist(rows, SCHEMA)
+        ids.append(batch["id"])  # as Arrow strings, which take a fifth of the memory of Python's
+        yield batch
+    if ids:
+        counts = pc.value_counts(pa.chunked_array(ids))
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(repeated):
+            raise RecordError.of(repeated[0]["values"].as_py(), "id", "two records have this id; rename or drop one")
 
 
-def write_records(records: Iterable[dict], path: str | Path) -> int:
+def write_records(records: Iterable[dict], path: str | Path, weights: dict[str, float] | None = None) -> int:
     """Writes records to a Parquet file and returns their number. Equal records give equal bytes.
 
-    The file appears under its name only when it is whole.
+    The file appears under its name only when it is whole. `weights` are how often each source is to be drawn in
+    training (see `dataset.mixture`); they stand in the file's metadata.
 
     Raises:
         RecordError: a record breaks the format, or two have the same id; nothing is written then.
@@ -253,7 +327,8 @@ def write_records(records: Iterable[dict], path: str | Path) -> int:
     count = 0
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         temporary = Path(folder, path.name)
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        schema = SCHEMA.with_metadata({WEIGHTS_KEY: json.dumps(weights, sort_keys=True)}) if weights else SCHEMA
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for batch in _batches(records):
                 writer.write_batch(batch)
                 count += batch.num_rows

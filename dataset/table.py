@@ -15,7 +15,7 @@ A cell that is empty or blank, and null in JSON, is absent.
 
 from typing import Any
 
-from dataset.rows import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RecordError, nearest
+from dataset.rows import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RecordError, nearest, shown
 
 MEDIA_KEYS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 TABLE_KEYS = ("text", "image", "video", "instruction", "answer")
@@ -62,12 +62,13 @@ def _text(value: Any, key: str, name: str) -> str:
     if value is None or isinstance(value, str) and not value.strip():
         return ""
     if not isinstance(value, str):
-        raise RecordError.of(name, "fields", f"{key} must be text, got {value!r:.80}; write it in quotes")
+        problem = f"{key} must be text, got {shown(value)}; write it in quotes, or null for none"
+        raise RecordError.of(name, "fields", problem)
     return value
 
 
 def _paths(value: Any, key: str, name: str) -> list[str]:
     paths = value if isinstance(value, list) else [value] if _text(value, key, name) else []
     if not all(isinstance(path, str) and path.strip() for path in paths):
-        raise RecordError.of(name, "fields", f"{key} must be a path or a list of paths, got {value!r:.80}")
+        raise RecordError.of(name, "fields", f"{key} must be a path or a list of paths, got {shown(value)}")
     return paths

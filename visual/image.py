@@ -1,10 +1,15 @@
-"""Any image file -> RGB."""
+"""Any image file -> RGB.
+
+A file is given by its path, or open for reading in binary mode, as a part of a larger one is; its `name` then stands in
+the messages. An open file is read from its beginning and stays open.
+"""
 
 import io
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -13,7 +18,10 @@ from PIL import ExifTags, Image, ImageOps
 FORMATS_WITH_SIZE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM")
 
 
-def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
+File = str | os.PathLike | BinaryIO
+
+
+def load_image(source: File | Image.Image) -> Image.Image:
     """An image of any mode and format that Pillow reads, upright and in RGB.
 
     - EXIF orientation is applied; of an animation the first frame is taken.
@@ -30,12 +38,12 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _decode(source, getattr(source, "filename", "") or f"image of mode {source.mode}")
-    name = os.fspath(source)
-    with _errors(name), Image.open(name) as image:
+    name = name_of(source)
+    with _errors(source), opened(source) as file, Image.open(file) as image:
         return _decode(image, name)
 
 
-def image_size(source: str | os.PathLike | Image.Image) -> tuple[int, int]:
+def image_size(source: File | Image.Image) -> tuple[int, int]:
     """(width, height) of what `load_image` makes of it, from the header of the file where its format allows that.
 
     Pixels behind a good header may still be damaged, which `load_image` finds.
@@ -46,23 +54,23 @@ def image_size(source: str | os.PathLike | Image.Image) -> tuple[int, int]:
     """
     if isinstance(source, Image.Image):
         return load_image(source).size
-    name = os.fspath(source)
-    with _errors(name), Image.open(name) as image:
+    name = name_of(source)
+    with _errors(source), opened(source) as file, Image.open(file) as image:
         if image.format not in FORMATS_WITH_SIZE:
             return _decode(image, name).size
         check_pixels(*image.size, name)
         try:
-            exif = _png_exif(name) if image.format == "PNG" else image.getexif()
+            exif = _png_exif(source) if image.format == "PNG" else image.getexif()
         except Exception as error:  # as in `_decode`
             raise ValueError(f"{name} can't be decoded: {error}") from error
     turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees, mirrored or not
     return image.size[::-1] if turned else image.size
 
 
-def _png_exif(name: str) -> Image.Exif:
+def _png_exif(source: File) -> Image.Exif:
     """What `getexif` would return; Pillow decodes the pixels first, as the metadata may stand behind them."""
     parts = []
-    with open(name, "rb") as file:
+    with opened(source) as file:
         parts.append(file.read(8))
         while len(header := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", header)
@@ -78,9 +86,31 @@ def _png_exif(name: str) -> Image.Exif:
         return Image.Image.getexif(image)
 
 
+def name_of(source: File) -> str:
+    """What a file is called in messages."""
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else str(source.name)
+
+
 @contextmanager
-def _errors(name: str) -> Iterator[None]:
+def opened(source: File) -> Iterator[BinaryIO]:
+    """The file, open and at its beginning. Only what was opened here is closed in the end."""
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            yield file
+    else:
+        source.seek(0)
+        yield source
+
+
+def is_empty(source: File) -> bool:
+    with opened(source) as file:
+        return not file.read(1)
+
+
+@contextmanager
+def _errors(source: File) -> Iterator[None]:
     """What Pillow raises while it opens a file, as one line that names it."""
+    name = name_of(source)
     try:
         yield
     except FileNotFoundError:
@@ -88,9 +118,11 @@ def _errors(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: {_bomb_hint()} ({error})") from error
     except Image.UnidentifiedImageError as error:
-        what = "is empty" if os.path.getsize(name) == 0 else "is not an image in a format that Pillow reads"
+        what = "is empty" if is_empty(source) else "is not an image in a format that Pillow reads"
         raise ValueError(f"{name} {what}") from error
-    except OSError as error:
+    except Exception as error:  # OSError; of a damaged TIFF TypeError, ValueError and others as well
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise  # it was told below
         raise ValueError(f"{name} can't be read: {error}") from error
 
 

@@ -1,6 +1,5 @@
 """Pictures and clips -> views, and how many features each view contributes."""
 
-import os
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
@@ -11,12 +10,10 @@ from torch import Tensor
 
 from visual.encoder import VisionEncoder
 from visual.grid import feature_count
-from visual.image import image_size, load_image
+from visual.image import File, image_size, load_image
 from visual.preprocess import Preprocess
 from visual.tiling import best_grid, cut
 from visual.video import count_frames, load_frames
-
-Path = str | os.PathLike
 
 
 class Views(NamedTuple):
@@ -103,24 +100,24 @@ class Media:
         except ValueError as error:
             raise ValueError(f"frames of a clip (frame_pooling={self.spec['frame_pooling']}): {error}") from error
 
-    def image_features(self, path: Path | Image.Image) -> list[int]:
+    def image_features(self, image: File | Image.Image) -> list[int]:
         """Features of each view that `load_image` will give. Without tiles the file is not opened.
 
         Raises:
             FileNotFoundError, ValueError: with tiles, a file that is missing or no image; names it.
         """
-        return [self.num_features] * (1 + self._tiles(image_size(path) if self.spec["max_tiles"] else None))
+        return [self.num_features] * (1 + self._tiles(image_size(image) if self.spec["max_tiles"] else None))
 
-    def video_features(self, path: Path) -> list[int]:
+    def video_features(self, file: File) -> list[int]:
         """Features of each frame that `load_video` will give. Without `fps` the file is not opened.
 
         Raises:
             FileNotFoundError, ValueError: with `fps`, a file that is missing or no video; names it.
         """
-        count = self.spec["frames"] if self.spec["fps"] is None else count_frames(path, **self._sampling)
+        count = self.spec["frames"] if self.spec["fps"] is None else count_frames(file, **self._sampling)
         return [self.frame_features] * count
 
-    def load_image(self, image: Path | Image.Image) -> Views:
+    def load_image(self, image: File | Image.Image) -> Views:
         """The views of an image: the whole, then its tiles.
 
         Raises:
@@ -133,7 +130,7 @@ class Media:
             pixel_values = torch.cat([pixel_values, self.preprocess.exact(tiles)])
         return Views(pixel_values, [self.num_features] * len(pixel_values))
 
-    def load_video(self, path: Path) -> Views:
+    def load_video(self, file: File) -> Views:
         """The frames of a clip, in the order of time.
 
         Raises:
@@ -141,7 +138,7 @@ class Media:
         """
         views: list[Tensor] = []
         before = None
-        for frame in load_frames(path, **self._sampling):
+        for frame in load_frames(file, **self._sampling):
             # The same picture again, where a clip has fewer of them than are asked for.
             views.append(views[-1] if frame is before else self.preprocess([frame])[0])
             before = frame

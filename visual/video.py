@@ -1,4 +1,4 @@
-"""Any video file -> some of its frames, upright and in RGB.
+"""Any video file, given as in `visual.image`, -> some of its frames, upright and in RGB.
 
 A clip is split into as many equal intervals as frames are wanted, and the picture that is on the screen in the middle
 of each interval is taken. All times are presentation times, so frame rates may vary.
@@ -21,7 +21,7 @@ from av import VideoFrame
 from av.sidedata.sidedata import Type as SideData
 from PIL import Image
 
-from visual.image import check_pixels, to_rgb
+from visual.image import File, check_pixels, is_empty, name_of, to_rgb
 
 # Containers that are read. Others that libav knows are subtitles, lists of further files or addresses, which a data set
 # must not make us open, or text and single images, which it shows as films.
@@ -60,7 +60,7 @@ def sample_times(
 
 
 def count_frames(
-    path: str | os.PathLike, frames: int, fps: float | None = None, max_seconds: float | None = None
+    file: File, frames: int, fps: float | None = None, max_seconds: float | None = None
 ) -> int:
     """How many frames `load_frames` yields, by the length that the header of the file states.
 
@@ -72,7 +72,7 @@ def count_frames(
     """
     if fps is None:
         return frames
-    with _open(path) as (container, stream):
+    with _open(file) as (container, stream):
         length = _stated_length(container, stream)
         if length is None:
             length = _span(container, stream, None).length
@@ -80,7 +80,7 @@ def count_frames(
 
 
 def load_frames(
-    path: str | os.PathLike, frames: int, fps: float | None = None, max_seconds: float | None = None
+    file: File, frames: int, fps: float | None = None, max_seconds: float | None = None
 ) -> Iterator[Image.Image]:
     """The frames of a clip at its `sample_times`: RGB, upright, in the order of time.
 
@@ -96,14 +96,14 @@ def load_frames(
         ValueError: it is no video, or nothing of the first interval (at least of one second) can be decoded, or it has
             more pixels than `PIL.Image.MAX_IMAGE_PIXELS`. The message names the file.
     """
-    with _open(path) as (container, stream):
+    with _open(file) as (container, stream):
         stated = _stated_length(container, stream)
         span = _span(container, stream, stated)
         count = len(sample_times(span.length if stated is None else stated, frames, fps, max_seconds))
     times = [span.start + time for time in sample_times(span.length, count, None, max_seconds)]
     before, image = None, None
-    for frame in _frames_at(path, times, span.start):
-        image = image if frame is before else _upright(frame, os.fspath(path))
+    for frame in _frames_at(file, times, span.start):
+        image = image if frame is before else _upright(frame, name_of(file))
         before = frame
         yield image
 
@@ -116,19 +116,23 @@ class _Span(NamedTuple):
 
 
 @contextmanager
-def _open(path: str | os.PathLike) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _open(source: File) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """(container, its first video stream); what libav raises meanwhile becomes one line that names the file."""
-    name = os.fspath(path)
-    if not os.path.exists(name):
-        raise FileNotFoundError(f"no video file {name}")
-    if os.path.isdir(name):
-        raise ValueError(f"{name} is a folder, not a video file")
-    if os.path.getsize(name) == 0:
+    name = name_of(source)
+    file = source
+    if isinstance(source, str | os.PathLike):
+        if not os.path.exists(name):
+            raise FileNotFoundError(f"no video file {name}")
+        if os.path.isdir(name):
+            raise ValueError(f"{name} is a folder, not a video file")
+        file = f"file:{name}"  # said to be one: a name may look like an address, or like one of libav's own protocols
+    if is_empty(source):
         raise ValueError(f"{name} is empty")
+    if file is source:
+        source.seek(0)
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     try:
-        # Said to be a file: a name may look like an address, or like one of libav's own protocols.
-        with av.open(f"file:{name}", container_options=options, metadata_errors="replace") as container:
+        with av.open(file, container_options=options, metadata_errors="replace") as container:
             streams = [
                 stream
                 for stream in container.streams.video
@@ -259,14 +263,14 @@ def _entry(container: av.container.InputContainer, stream: av.VideoStream, time:
     return _Entry(None, start)
 
 
-def _frames_at(path: str | os.PathLike, times: Sequence[Fraction], start: Fraction) -> Iterator[VideoFrame]:
+def _frames_at(file: File, times: Sequence[Fraction], start: Fraction) -> Iterator[VideoFrame]:
     """What is on the screen at each of ascending `times`, in seconds; the same object where it is the same frame."""
     entries: list[_Entry] = []
-    with _open(path) as (container, stream):
+    with _open(file) as (container, stream):
         for time in times:
             entry = _entry(container, stream, time, start)
             entries.append(entry if not entries or entry.key_frame > entries[-1].key_frame else entries[-1])
-    with _open(path) as (container, stream):  # again, as not every file can be rewound
+    with _open(file) as (container, stream):  # again, as not every file can be rewound
         shown, done = None, start
         for entry, group in groupby(zip(entries, times, strict=True), key=itemgetter(0)):
             wanted = deque(time for _, time in group)
@@ -280,7 +284,7 @@ def _frames_at(path: str | os.PathLike, times: Sequence[Fraction], start: Fracti
                     frames = _decode(container, stream, entry, last)
                     first = next(frames, None)
             if shown is None and (first is None or first[0] - start > max(1, 2 * (wanted[0] - start))):
-                raise ValueError(f"{os.fspath(path)}: its beginning can't be decoded; it is damaged or cut off")
+                raise ValueError(f"{name_of(file)}: its beginning can't be decoded; it is damaged or cut off")
             for time, frame in chain([first] if first else [], frames):
                 while shown is not None and wanted and time > wanted[0]:
                     wanted.popleft()

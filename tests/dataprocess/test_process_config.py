@@ -33,9 +33,32 @@ def test_sources_and_defaults(write):
     assert (config.output, config.image_root, config.seed) == ("data/records", None, 0)
 
 
-def test_a_table_needs_no_images(write):
-    config = load_config(write("sources: [{format: table, annotations: a.json}]"))
+@pytest.mark.parametrize("format", ["table", "messages", "alpaca", "baize", "dolly"])
+def test_formats_that_need_no_images(write, format):
+    config = load_config(write(f"sources: [{{format: {format}, annotations: a.json}}]"))
     assert config.sources[0].images is None
+
+
+def test_all_keys(write):
+    text = """
+output: out
+workers: 3
+on_error: skip
+engine: ray
+shard_mb: 500
+model: a.json
+sources:
+  - {format: a_okvqa, annotations: a.json, images: images, samples: 7, weight: 0.5, language: zh, splits: [train, val],
+     choices: true, captions: one, prompts: ["{question} <image>"]}
+  - {format: dolly, annotations: b.json, weight: 2}
+"""
+    config = load_config(write(text))
+    assert (config.workers, config.on_error, config.engine, config.shard_mb) == (3, "skip", "ray", 500)
+    source = config.sources[0]
+    assert (source.samples, source.weight, source.language, source.splits) == (7, 0.5, "zh", ["train", "val"])
+    assert (source.choices, source.captions, source.prompts) == (True, "one", ["{question} <image>"])
+    defaults = load_config(write(SOURCES))
+    assert (defaults.workers, defaults.on_error, defaults.engine, defaults.shard_mb) == (None, "stop", "local", None)
 
 
 def test_overrides(write):
@@ -93,6 +116,26 @@ def test_old_outputs_are_a_source_where_there_is_no_other(write):
         (SOURCES, ["seed=many"], "seed: .*many"),
         (SOURCES, ["validation=1"], "validation: expected a share"),
         (SOURCES, ["workers=0"], "workers: expected at least 1"),
+        (SOURCES, ["shard_mb=0"], "shard_mb: expected at least 1, or null, got 0"),
+        (SOURCES, ["on_error=ignore"], "on_error: expected stop or skip, got 'ignore'"),
+        (SOURCES, ["engine=spark"], "engine: expected local or ray, got 'spark'"),
+        (SOURCES, ["model=absent.yaml"], "model: there is no file absent.yaml"),
+        (SOURCES, ["output=''"], "output: expected a folder"),
+        (SOURCES, ["output=${nowhere}"], "nowhere"),
+        (SOURCES, ["sources.0.samples=0"], "sources.0: samples: expected at least 1, or null for all rows, got 0"),
+        (SOURCES, ["sources.0.samples=few"], "sources.0: samples: .*few"),
+        (SOURCES, ["sources.0.weight=0"], "sources.0: weight: expected a number above 0, or null, got 0.0"),
+        (SOURCES, ["sources.0.weight=.inf"], "sources.0: weight: expected a number above 0, or null, got inf"),
+        (SOURCES, ["sources.0.weight=1"], "weight: some sources have one and some have none; give one to every"),
+        (SOURCES, ["sources.1.language=de"], "sources.1: language: expected en or zh, got 'de'"),
+        (SOURCES, ["sources.0.language=zh"], r"sources.0 \(llava\) has an unknown key 'language'"),
+        (SOURCES, ["sources.1.splits=[train]"], r"sources.1 \(coco\) has an unknown key 'splits'"),
+        (SOURCES, ["sources.0.choices=true"], r"sources.0 \(llava\) has an unknown key 'choices'"),
+        (SOURCES, ["sources.0.annotations=[a.json]"], "sources.0: annotations: "),
+        (SOURCES, ["sources.0.format=[llava]"], r"unknown format \['llava'\]"),
+        (SOURCES, ["sources.0.format=alpaca"], r"sources.0 \(alpaca\) has an unknown key 'images'"),
+        (SOURCES, ["sources.0.format=ocr_vqa", "sources.0.prompts=[<image>]"], "each prompt holds {question} once"),
+        (SOURCES, ["sources.1.format=image_map", "sources.1.name=m"], r"\(image_map\): image_map is missing"),
         (SOURCES, ["--seed"], "'--seed': expected key=value"),
         ("seed: 1", [], "list at least one source"),
         ("sources: {format: llava}", [], "sources: expected a list"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dataprocess import pipeline
 from dataprocess.config import check_config
 from dataprocess.moving import write_clip
 from dataprocess.process_image import process
@@ -31,8 +33,8 @@ def data(tmp_path) -> Path:
     first = [caption(f"{number}.png", f"first {number}", f"again {number}") for number in range(12)]
     first += [caption("broken.png", "x"), caption("absent.png", "y", "z"), caption("1.png", " ")]
     (tmp_path / "first.json").write_text(json.dumps(first))
-    second = [caption(f"../one/{number}.png", f"second {number}") for number in range(12)]
-    second.append(caption("copy.png", "copy"))
+    second = [caption(f"one/{number}.png", f"second {number}") for number in range(12)]
+    second.append(caption("two/copy.png", "copy"))
     (tmp_path / "second.json").write_text(json.dumps(second))
     pair = {
         "messages": [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "pair"}],
@@ -46,10 +48,15 @@ def data(tmp_path) -> Path:
 def config(data: Path, **changes):
     sources = [
         {"format": "lavis", "annotations": f"{data}/first.json", "images": f"{data}/one"},
-        {"format": "lavis", "annotations": f"{data}/second.json", "images": f"{data}/two"},
+        {"format": "lavis", "annotations": f"{data}/second.json", "images": str(data)},
         {"format": "messages", "annotations": f"{data}/messages.json", "images": f"{data}"},
     ]
-    return check_config({"output": f"{data}/out", "validation": 0.25, "sources": sources, **changes})
+    values = {"output": f"{data}/out", "validation": 0.25, "on_error": "skip", "sources": sources, **changes}
+    return check_config(values)
+
+
+def outputs(data: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (data / "out").iterdir() if file.is_file()}
 
 
 def records_of(data: Path) -> dict[str, list[dict]]:
@@ -87,13 +94,16 @@ def test_no_picture_is_in_train_and_validation(data, seed):
     assert not pixels["train"] & pixels["validation"]
 
 
-def test_bytes_depend_on_the_seed_and_not_on_workers(data):
+def test_bytes_depend_on_the_seed_and_not_on_workers(data, monkeypatch):
     def outcome(**changes) -> dict[str, bytes]:
+        shutil.rmtree(data / "out" / ".work", ignore_errors=True)
         process(config(data, **changes))
-        return {file.name: file.read_bytes() for file in (data / "out").iterdir()}
+        return outputs(data)
 
+    monkeypatch.setattr(pipeline, "FILES", 2)  # so that there is something to divide among workers
+    monkeypatch.setattr(pipeline, "ROWS", 3)
     first = outcome(workers=1)
-    assert set(first) == {"train.parquet", "validation.parquet", "report.json"}
+    assert set(first) == {"train.parquet", "validation.parquet", "report.json", "dropped.jsonl"}
     assert outcome(workers=4) == first
     other = outcome(workers=4, seed=1)
     assert other["train.parquet"] != first["train.parquet"]
@@ -157,7 +167,7 @@ def test_source_of_which_nothing_is_usable_ends_the_run(data):
     (data / "first.json").write_text("[]")
     with pytest.raises(ValueError, match="source 'first': no record is usable; its file is empty"):
         process(config(data))
-    assert not (data / "out").exists()
+    assert outputs(data) == {}
 
 
 def test_validation_may_not_take_all(data):
@@ -173,7 +183,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
 def test_command_line(data, start):
     yaml = data / "c.yaml"
     yaml.write_text(f"sources: [{{format: lavis, annotations: {data}/first.json, images: {data}/one}}]\n")
-    result = run(*start, "--config", str(yaml), f"output={data}/out", "validation=0.3")
+    result = run(*start, "--config", str(yaml), f"output={data}/out", "validation=0.3", "on_error=skip", "workers=2")
     assert result.returncode == 0, result.stderr
     assert "total" in result.stdout and (data / "out" / "report.json").exists()
     result = run(*start, "--config", str(yaml), "ouput=x")

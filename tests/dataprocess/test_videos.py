@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from dataprocess.moving import write_clip
-from dataprocess.videos import ENDS, check_video, check_videos
+from dataprocess.videos import CONTAINERS, ENDS, check_video
+from visual import video
 
 
 @pytest.fixture
@@ -63,6 +64,18 @@ def test_videos_above_pillows_limit(folder, monkeypatch):
     assert check_video(str(folder / "a.mp4")).reason == "video too large"
 
 
-def test_many(folder):
-    paths = sorted(str(path) for path in folder.iterdir()) * 3
-    assert check_videos(paths, 4) == {path: check_video(path) for path in paths}
+def test_what_is_kept_can_be_trained_on(folder):
+    """The same containers are open to `visual.video`; a list of other files is none of them."""
+    assert CONTAINERS == video.CONTAINERS
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    (folder / "playlist.m3u8").write_text("#EXTM3U\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n")
+    for name in ("list.mp4", "playlist.m3u8"):
+        checked = check_video(str(folder / name))
+        assert checked.reason == "video unreadable" and "can't be read as a video" in checked.problem
+
+
+def test_names_that_look_like_addresses(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "http:").mkdir()
+    (folder / "http:" / "a.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    assert check_video("http:/a.mp4").digest == check_video("a.mp4").digest is not None

@@ -139,10 +139,10 @@ def test_faulty_csv_files(tmp_path, text, message):
         read_records(tmp_path / "t.csv")
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.json", "t.jsonl"])
-def test_other_encodings_name_the_file(tmp_path, name):
+@pytest.mark.parametrize(("name", "line", "byte"), [("t.csv", 2, 5), ("t.json", 1, 2), ("t.jsonl", 1, 2)])
+def test_other_encodings_name_the_place(tmp_path, name, line, byte):
     (tmp_path / name).write_bytes(b"text\n\xff\xfe" if name == "t.csv" else b'["\xff"]')
-    with pytest.raises(ValueError, match=f"{name}: not UTF-8"):
+    with pytest.raises(ValueError, match=f"{name}, line {line}: not UTF-8 at byte {byte} of the file; save it"):
         read_records(tmp_path / name)
 
 
