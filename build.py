@@ -6,21 +6,27 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from config import Config, ConfigError, ModelConfig
 from dataset.dataset import RecordDataset
-from dataset.record import read_records
+from dataset.feature_cache import FeatureCache, media_ids
+from dataset.feature_key import feature_key
+from dataset.mixture import TOTAL, Mixture, shares_of
+from dataset.record import Records, read_records
 from model import MultiModalModel
-from model.checkpoint import load_trained
+from model.checkpoint import ENCODER_FILE, load_trained, read_spec
 from model.decoder import add_rows, decoder_class, decoder_config, load_decoder
+from model.legacy import is_legacy
+from model.llava import is_llava
 from model.lora import add_lora
 from model.memory import UNPADDED
 from model.projector import build_projector
 from model.tokenizer import load_tokenizer, rows_needed
-from visual import build_encoder
+from visual import VisionEncoder, build_encoder
 from visual.media import Media
-from visual.weights import check_place, is_local
+from visual.weights import check_place, is_local, read_tensors
 
 MAX_LENGTH = 2048  # tokens of a sample where the configuration sets no limit
 
@@ -37,14 +43,7 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Mult
         ConfigError: a local folder that is not there.
         ValueError: weights that are not complete, or an encoder or LoRA setting that does not fit them.
     """
-    places = {"model.decoder": config.decoder, "model.encoder.path": config.encoder.path}
-    if config.checkpoint:
-        places["model.checkpoint"] = os.path.abspath(config.checkpoint)  # never a hub id
-    for key, path in places.items():
-        try:
-            check_place(path)
-        except FileNotFoundError as error:
-            raise ConfigError(f"{key}: {error}") from error
+    _check_places(config, {"model.decoder": config.decoder})
     encoder = build_encoder(**asdict(config.encoder))
     decoder = load_decoder(
         config.decoder,
@@ -61,6 +60,26 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Mult
     return model
 
 
+def build_views(config: ModelConfig) -> tuple[VisionEncoder, Media]:
+    """Encoder and media as `build_model` makes them, without a decoder; raises what it raises."""
+    _check_places(config, {})
+    encoder = build_encoder(**asdict(config.encoder))
+    load_held_encoder(config, encoder)
+    return encoder, Media(encoder, **asdict(config.media), pixel_shuffle=config.projector.pixel_shuffle)
+
+
+def _check_places(config: ModelConfig, places: dict[str, str]) -> None:
+    """Raises ConfigError for a local folder that is not there, of these and those of encoder and checkpoint."""
+    places = {**places, "model.encoder.path": config.encoder.path}
+    if config.checkpoint:
+        places["model.checkpoint"] = os.path.abspath(config.checkpoint)  # never a hub id
+    for key, path in places.items():
+        try:
+            check_place(path)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{key}: {error}") from error
+
+
 def build_empty_model(config: ModelConfig) -> MultiModalModel:
     """The model of `build_model` on the meta device, from `config.json` files alone; not quantized, no tokenizer.
 
@@ -73,7 +92,7 @@ def build_empty_model(config: ModelConfig) -> MultiModalModel:
         places["model.encoder.path"] = config.encoder.path
     for key, path in places.items():
         if (is_local(path) or Path(path).is_dir()) and not Path(path, "config.json").is_file():
-            raise ConfigError(f"{key}: there is no {path}/config.json; the plan reads that file and nothing else of it")
+            raise ConfigError(f"{key}: there is no {path}/config.json, which says what shape it has")
     with _errors_name("model.decoder"), torch.device("meta"):
         shape = decoder_config(config.decoder)
         decoder = decoder_class(shape)._from_config(shape, dtype=getattr(torch, config.dtype))
@@ -134,18 +153,42 @@ def max_length(config: Config, model: MultiModalModel) -> int:
     return config.data.max_length
 
 
+def load_mixture(config: Config, records: Records) -> Mixture | None:
+    """How often the sources of the training records are drawn; None: every record once per epoch.
+
+    The weights are those of `config.data` or, without any there, those in the records' files, which say nothing where
+    the order is sequential.
+
+    Raises:
+        ValueError: weights, temperature or epoch that don't fit the sources.
+    """
+    c = config.data
+    names, numbers = records.sources()
+    weights = c.weights
+    if not weights and c.temperature is None and config.train.train_sampling_strategy != "sequential":
+        weights = {name: weight for name, weight in records.weights.items() if name in names}
+        if weights and (missing := [name for name in names if name not in weights]):
+            raise ValueError(f"the files of data.train have weights for {', '.join(weights)}, and none for "
+                             f"{', '.join(missing)}; set data.weights")  # fmt: skip
+    if not weights and c.temperature is None and c.epoch == TOTAL:
+        return None
+    sizes = dict(zip(names, np.bincount(numbers, minlength=len(names)).tolist(), strict=True))
+    return Mixture(names, numbers, shares_of(sizes, weights, c.temperature), c.epoch, config.train.seed)
+
+
 def load_dataset(config: Config, files: list[str], model: MultiModalModel) -> RecordDataset:
     """Samples of all record files, one after the other, as `config.data` says.
 
     Raises:
-        OSError, ValueError: files that are not there, hold no records, or none at all.
+        OSError, ValueError: files that are not there, hold no records, or none at all; a feature cache that is not
+            there, of another encoder or other settings, or without some medium of the records.
     """
     c = config.data
     records = read_records(files)
     if not len(records):
         raise ConfigError(f"there is no record in {', '.join(map(str, files))}")
     pooling = config.model.media.frame_pooling
-    if config.model.projector.position_embedding and pooling > 1 and any(map(len, records.table["videos"].to_pylist())):
+    if config.model.projector.position_embedding and pooling > 1 and records.media_counts("videos").any():
         raise ConfigError(
             f"model.projector.position_embedding has a vector for each feature of an image, of which a frame has fewer "
             f"with model.media.frame_pooling={pooling}: set the former to false or the latter to 1"
@@ -158,4 +201,28 @@ def load_dataset(config: Config, files: list[str], model: MultiModalModel) -> Re
         max_length(config, model),
         system=c.system,
         on_bad_image=c.on_bad_image,
+        on_bad_record=c.on_bad_record,
+        feature_cache=_open_cache(config, records, model) if c.feature_cache else None,
     )
+
+
+def _open_cache(config: Config, records: Records, model: MultiModalModel) -> FeatureCache:
+    load_held_encoder(config.model, model.encoder)
+    key = feature_key(model.encoder, model.media, autocast_dtype(config))
+    cache = FeatureCache(config.data.feature_cache, key)
+    cache.check(media_ids(records.table))
+    return cache
+
+
+def load_held_encoder(config: ModelConfig, encoder: VisionEncoder) -> None:
+    """Loads the encoder that `config.checkpoint` holds, where it was trained: no other weights are used then."""
+    folder = config.checkpoint
+    if folder and not is_llava(folder) and not is_legacy(folder) and "encoder" in read_spec(folder)["holds"]:
+        encoder.backbone.load_state_dict(read_tensors(Path(folder, ENCODER_FILE)))
+
+
+def autocast_dtype(config: Config) -> str | None:
+    """Name of the dtype that a run computes in where its weights are float32; None: in theirs."""
+    if config.train.fp16 and torch.cuda.is_available():
+        return "float16"
+    return "bfloat16" if config.train.bf16 else None

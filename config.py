@@ -84,10 +84,16 @@ class DataConfig:
     train: list[str] = MISSING  # record files or folders of them (Parquet, JSON, JSONL, CSV)
     validation: list[str] = field(default_factory=list)  # records whose loss is measured while training; may be empty
     image_root: str = "."  # folder that the paths of images and videos in the records are relative to
+    weights: dict[str, float] = field(default_factory=dict)  # how often each source is drawn; empty: as the files say
+    temperature: float | None = None  # T: sources are drawn in proportion to size ** (1 / T); null: to their size
+    epoch: str = "total"  # an epoch is as many samples as there are, or one pass over the source of this name
+    batches: Literal["mixed", "by_modality"] = "mixed"  # by_modality: with media alone, or of text alone
     max_length: int | None = None  # tokens of a sample, features included; longer ones are cut; null: 2048 at most
     system: str | None = None  # text of the system turn; null: no system turn
     on_bad_image: Literal["error", "skip"] = "error"  # an unreadable image stops the run, or its record is left out
+    on_bad_record: Literal["error", "skip"] = "error"  # likewise one that is not valid or has nothing to learn
     num_workers: int = 0  # processes that load images; does not change the order of the samples
+    feature_cache: str | None = None  # folder of cache_features.py: the encoder's features, made once; null: every time
 
 
 @dataclass
@@ -243,7 +249,8 @@ def parse_text(text: str, kind: Any) -> Any:
     """Command-line text as YAML, except that a value of type `str` is kept to the letter (`no` stays "no")."""
     if type(None) in typing.get_args(kind) and text in ("null", "None"):
         return None
-    if kind is str or str in typing.get_args(kind) and not is_list(kind) or typing.get_origin(kind) is Literal:
+    container = typing.get_origin(kind) in (list, dict)
+    if kind is str or str in typing.get_args(kind) and not container or typing.get_origin(kind) is Literal:
         return text
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
@@ -315,6 +322,8 @@ def type_text(kind: Any) -> str:
     if is_list(kind):
         return f"a list of {type_text(typing.get_args(kind)[0])}"
     options = typing.get_args(kind)
+    if typing.get_origin(kind) is dict:
+        return f"a mapping of names to values ({type_text(options[1])}) such as {{one: 2, other: 1}}"
     if options:
         return " or ".join("null" if option is type(None) else type_text(option) for option in options)
     return kind.__name__
@@ -336,7 +345,7 @@ def finish(merged: Any, schema: type = Config) -> Any:
 
 def check_values(config: Config) -> None:
     """Raises ConfigError for values that exclude each other or have no meaning."""
-    m, t = config.model, config.train
+    m, d, t = config.model, config.data, config.train
     if m.lora.r < 1:
         raise ConfigError(f"model.lora.r is a rank, at least 1, got {m.lora.r}; model.tune=projector has no adapter")
     if m.tune in ("decoder", "all"):
@@ -347,6 +356,16 @@ def check_values(config: Config) -> None:
                                   "train.bf16=true computes in bfloat16 nonetheless")  # fmt: skip
         if m.quantization != "none":
             raise ConfigError(f"model.tune={m.tune} trains the decoder, which can't be quantized ({m.quantization})")
+    strategy = t.train_sampling_strategy
+    mixes = d.weights or d.temperature is not None or d.epoch != "total" or d.batches != "mixed"
+    if strategy == "sequential" and mixes:
+        raise ConfigError("train.train_sampling_strategy=sequential keeps the order of the records: leave out "
+                          "data.weights, data.temperature, data.epoch and data.batches")  # fmt: skip
+    if strategy == "random" and d.batches != "mixed":
+        raise ConfigError("data.batches=by_modality needs train.train_sampling_strategy=group_by_length")
+    if m.tune == "all" and config.data.feature_cache:
+        raise ConfigError("model.tune=all trains the encoder, whose features then change with every step: leave out "
+                          "data.feature_cache")  # fmt: skip
     if t.bf16 and t.fp16:
         raise ConfigError("train.bf16 and train.fp16 exclude each other")
 
@@ -363,27 +382,30 @@ def config_differences(config: Config, saved_file: str | Path) -> list[str]:
 
     A key that a saved configuration lacks, since it is younger, had the effect of its default.
     """
-    defaults = flat_values(OmegaConf.structured(type(config)))
-    saved = {**defaults, **flat_values(OmegaConf.load(saved_file))}
-    now = flat_values(OmegaConf.structured(config))
+    schema = type(config)
+    defaults = flat_values(OmegaConf.structured(schema), schema)
+    saved = {**defaults, **flat_values(OmegaConf.load(saved_file), schema)}
+    now = flat_values(OmegaConf.structured(config), schema)
     keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
     absent = "(absent)"
     return [f"{key}: {saved.get(key, absent)!r} -> {now.get(key, absent)!r}" for key in keys
             if saved.get(key, absent) != now.get(key, absent)]
 
 
-def flat_values(node: Any, prefix: str = "") -> dict[str, Any]:
-    """OmegaConf mapping -> {dotted path: plain value}."""
+def flat_values(node: Any, schema: type = Config, prefix: str = "") -> dict[str, Any]:
+    """OmegaConf mapping -> {dotted path: plain value}; a value that is itself a mapping stays whole."""
     values = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat.update(flat_values(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        path = f"{prefix}{name}"
+        group = isinstance(value, dict) and path not in leaves(schema)
+        flat.update(flat_values(value, schema, f"{path}.") if group else {path: value})
     return flat
 
 
 def help_text(schema: type = Config) -> str:
     """Every key with its default and the comment that stands behind it in the dataclass."""
-    defaults, lines = flat_values(OmegaConf.structured(schema)), [__doc__.strip(), ""]
+    defaults, lines = flat_values(OmegaConf.structured(schema), schema), [__doc__.strip(), ""]
     for key, comment in comments(schema).items():
         default = "(required)" if defaults[key] == MISSING else "null" if defaults[key] is None else defaults[key]
         lines.append(f"{key} = {default}\n    {comment}")

@@ -27,12 +27,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from dataset.record import read_records
+from dataset.shards import open_medium
 from dataset.template import encode_prompt, media_of
 from inference import GREEDY, add_model_arguments, load_model
 from model import MultiModalModel
@@ -175,7 +177,7 @@ def encode(model: MultiModalModel, media: list[tuple[str, str]], root: str | Pat
     features = {}
     for start in range(0, len(media), ENCODE_BATCH):
         part = media[start : start + ENCODE_BATCH]
-        views = [load_views(model, kind, Path(root, path)) for kind, path in part]
+        views = [load_views(model, kind, open_medium(root, path)) for kind, path in part]
         counts = [count for one in views for count in one.features]
         pixel_values = torch.cat([one.pixel_values for one in views])
         encoded = iter(model.encode_images(pixel_values.to(model.device), counts).split(counts))
@@ -184,8 +186,8 @@ def encode(model: MultiModalModel, media: list[tuple[str, str]], root: str | Pat
     return features
 
 
-def load_views(model: MultiModalModel, kind: str, path: Path) -> Views:
-    return model.media.load_image(path) if kind == "image" else model.media.load_video(path)
+def load_views(model: MultiModalModel, kind: str, file: Path | BinaryIO) -> Views:
+    return model.media.load_image(file) if kind == "image" else model.media.load_video(file)
 
 
 def features_of(q: dict, condition: str, features: dict, substitute: dict, seed: int) -> list[torch.Tensor]:

@@ -17,9 +17,11 @@ import torch
 from transformers import set_seed
 from transformers.trainer_callback import TrainerState
 
-from build import build_model, load_dataset
+from build import build_model, load_dataset, load_mixture
 from config import Config, ConfigError, load_config
 from dataset.collator import Collator
+from dataset.rows import RecordError
+from dataset.sampler import ONE_BLOCK
 from model.optim import parameter_groups
 from model.table import module_table
 from run_folder import RunError, resume_point
@@ -39,6 +41,8 @@ def main() -> None:
     except RunError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except RecordError as error:  # of a record that a long epoch came to late
+        sys.exit(f"train.py: {error}")
 
 
 def train(config: Config) -> VLMTrainer:
@@ -58,9 +62,16 @@ def train(config: Config) -> VLMTrainer:
         # A checkpoint of this run holds what its start has become.
         settings = replace(config.model, checkpoint=None) if checkpoint else config.model
         model = build_model(settings, args.device)
-        data = [load_dataset(config, files, model) for files in (config.data.train, config.data.validation) if files]
-        for dataset in data:
-            _ = dataset.lengths  # encodes every record, and so finds those that can't be learned from
+        with args.main_process_first():  # which makes the copies of large files that all of a machine then map
+            files = (config.data.train, config.data.validation)
+            data = [load_dataset(config, names, model) for names in files if names]
+        mixture = load_mixture(config, data[0].records)
+        # This encodes every record, and so finds those that can't be learned from. Of a long epoch the blocks do it.
+        drawn = mixture.samples if mixture else range(len(data[0]))
+        if len(mixture or data[0]) <= ONE_BLOCK:
+            data[0].lengths.measure(drawn)
+        for dataset in data[1:]:
+            dataset.lengths.measure()
     # Weights that are not there, incomplete or for another model; data that is not there or no records.
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
@@ -72,16 +83,20 @@ def train(config: Config) -> VLMTrainer:
         eval_dataset=data[1] if config.data.validation else None,
         collator=Collator(model.tokenizer.pad_token_id),
         args=args,
+        mixture=mixture,
     )
     if args.process_index == 0:
         print(module_table(model, parameter_groups(model, learning_rates(config), config.train.weight_decay)))
         if config.train.fp16 and not torch.cuda.is_available():
             print("train.fp16: float16 needs a GPU, and there is none here; this run computes in float32")
+        if len(mixture or data[0]) > ONE_BLOCK:
+            print(f"{len(data[0]):,} training records: they are encoded, and those that can't be learned from are "
+                  "found, as the run comes to them; `python preview.py --config ...` checks all of them beforehand")
         start = f"Starting a new run in {config.train.output_dir}"
         print(f"Continuing from {checkpoint}" if checkpoint else start, flush=True)
     run(trainer, checkpoint)
     if skipped := trainer.train_dataset.skipped:
-        print(f"{len(skipped)} records were left out because an image could not be read: {', '.join(skipped[:10])} ...")
+        print(f"{len(skipped)} records were left out, for reasons given above: {', '.join(skipped[:10])} ...")
     return trainer
 
 

@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from bitsandbytes.optim import AdamW8bit
 from torch import nn
@@ -32,10 +33,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from config import Config, ConfigError, save_config
-from dataset.sampler import GlobalBatchSampler
+from dataset.mixture import Mixture
+from dataset.sampler import ONE_BLOCK, GlobalBatchSampler
 from model.checkpoint import load_trained, save_trained
 from model.optim import parameter_groups
 from run_folder import CONFIG_FILE, PROGRESS, UNFINISHED, RunError
+
+MAX_LOGGED_SOURCES = 50  # more are no mixture, but records that have each a name of its own
 
 
 class VLMTrainer(Trainer):
@@ -43,8 +47,9 @@ class VLMTrainer(Trainer):
 
     Args:
         model: the model; its parameters with `requires_grad` are trained and saved.
-        train_dataset, eval_dataset: `RecordDataset` or alike: map-style, with `.lengths`. `eval_dataset` may be None.
+        train_dataset, eval_dataset: `RecordDataset`. `eval_dataset` may be None.
         collator: list of samples -> batch with `input_ids` and `labels` `[B, T]`.
+        mixture: how often the sources are drawn; None: every record once per epoch.
     """
 
     def __init__(
@@ -55,10 +60,14 @@ class VLMTrainer(Trainer):
         eval_dataset,
         collator,
         args: TrainingArguments | None = None,
+        mixture: Mixture | None = None,
     ):
         self.config = config
+        self.mixture = mixture
         self.speed = Speed()
         self.rates: dict[str, float] = {}  # learning rates of the last optimizer step
+        self.sources, self._source_of = train_dataset.sources
+        self.drawn = np.zeros(len(self.sources), np.int64)  # samples of each source since the run began
         self.progress: dict | None = None  # of the checkpoint that this run continues
         super().__init__(
             model=model,
@@ -97,6 +106,7 @@ class VLMTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         c = self.config.train
+        by_modality = self.config.data.batches == "by_modality"
         self.batch_sampler = GlobalBatchSampler(
             self.train_dataset.lengths,
             c.per_device_train_batch_size,
@@ -105,6 +115,8 @@ class VLMTrainer(Trainer):
             world_size=self.args.world_size,
             strategy=c.train_sampling_strategy,
             seed=c.seed,
+            mixture=self.mixture,
+            has_media=self.train_dataset.has_media if by_modality else None,
         )
         return self._loader(self.train_dataset, self.batch_sampler)
 
@@ -129,6 +141,9 @@ class VLMTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device):
         start = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for _ in batches:
+            samples = self.batch_sampler.handed_out.popleft()  # of all processes: no need to ask the others
+            self.drawn += np.bincount(self._source_of[samples], minlength=len(self.drawn))
         num_items = num_items.clamp(min=1)  # 0 only if every record of the batch was skipped for its image
         self.speed.batch(time.perf_counter() - start, sum(len(batch["labels"]) for batch in batches), num_items)
         return batches, num_items
@@ -161,6 +176,10 @@ class VLMTrainer(Trainer):
             del logs["learning_rate"]  # that of the first group alone
             logs.update(self.rates)
             logs.update(self.speed.report(self.args.world_size))
+            if 1 < len(self.sources) <= MAX_LOGGED_SOURCES:
+                shares = self.drawn / max(self.drawn.sum(), 1)
+                named = zip(self.sources, shares.tolist(), strict=True)
+                logs.update({f"share_{name}": round(share, 4) for name, share in named})
         super().log(logs, start_time)
 
     # Checkpoints
@@ -174,6 +193,7 @@ class VLMTrainer(Trainer):
         progress = {
             "loss_since_log": self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(),
             "last_logged_step": self._globalstep_last_logged,
+            "drawn": self.drawn.tolist(),
             **self.circumstances,
         }
         self.accelerator.wait_for_everyone()
@@ -198,16 +218,24 @@ class VLMTrainer(Trainer):
             save_config(self.config, os.path.join(folder, CONFIG_FILE))
 
     @cached_property
-    def circumstances(self) -> dict[str, int | str]:
+    def circumstances(self) -> dict[str, int | str | dict | None]:
         """What the sequence of batches depends on beside the configuration."""
-        lengths = json.dumps(self.train_dataset.lengths).encode()
-        return {"processes": self.args.world_size, "sample_lengths": hashlib.sha256(lengths).hexdigest()}
+        drawn = self.mixture.samples.tolist() if self.mixture else range(len(self.train_dataset))
+        # Of a long epoch they are not known yet.
+        every = 1 if len(self.mixture or drawn) <= ONE_BLOCK else max(len(drawn) // 1000, 1)
+        measured = json.dumps([self.train_dataset.lengths[index] for index in drawn[::every]])
+        return {
+            "processes": self.args.world_size,
+            "records": self.train_dataset.records.fingerprint(),
+            "sample_lengths": hashlib.sha256(measured.encode()).hexdigest(),
+            "mixture": self.mixture.counts if self.mixture else None,
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with _unusable(resume_from_checkpoint):
             progress = json.loads(Path(resume_from_checkpoint, PROGRESS).read_text())
         for name, value in self.circumstances.items():
-            if progress[name] != value:
+            if name in progress and progress[name] != value:  # an older checkpoint has fewer of them
                 raise RunError(
                     f"{resume_from_checkpoint} can't be continued: {name.replace('_', ' ')} then {progress[name]}, now "
                     f"{value}; restore it, or start over with train.overwrite=true"
@@ -255,10 +283,13 @@ class LoopCallback(TrainerCallback):
         if trainer.progress is not None:
             trainer._tr_loss += trainer.progress["loss_since_log"]
             trainer._globalstep_last_logged = trainer._initial_global_step = trainer.progress["last_logged_step"]
+            trainer.drawn[:] = trainer.progress.get("drawn", 0)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         steps = math.ceil(len(self.trainer.batch_sampler) / args.gradient_accumulation_steps)
-        self.trainer.batch_sampler.epoch = state.global_step // steps
+        sampler = self.trainer.batch_sampler
+        sampler.epoch, had = divmod(state.global_step, steps)
+        sampler.skip = had * args.gradient_accumulation_steps  # of the resumed epoch: accelerate throws them away
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         groups = self.trainer.optimizer.param_groups

@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel, TrainerCallback, set_seed
@@ -181,6 +182,10 @@ class Samples:
     @property
     def lengths(self) -> list[int]:
         return [self.length] * self.count
+
+    @property
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        return ["random"], np.zeros(self.count, np.int64)
 
     def __len__(self) -> int:
         return self.count

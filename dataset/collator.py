@@ -14,10 +14,12 @@ class Collator:
         attention_mask  [B, T] int64, 1 for tokens, 0 for padding
         labels          [B, T] int64, -100 for padding and whatever is not supervised
         view_counts     [B]    int64, views (images, tiles, frames) of each sample
-        pixel_values    [N, 3, H, W] float32, the N = sum(view_counts) views, those of row 0 first
+        pixel_values    [N, 3, H, W] float32, the N = sum(view_counts) views, those of row 0 first; or, of samples that
+                        have them instead,
+        vision          [N, n, D], what the encoder made of these views
         view_features   [N]    int64, features (= placeholder tokens) of each view
 
-    The last two are absent where N = 0.
+    The last of these are absent where N = 0.
 
     Args:
         padding_side: "right" for training; "left" puts the ends of all rows at T - 1, as generation needs.
@@ -35,18 +37,17 @@ class Collator:
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         longest = max(len(sample["input_ids"]) for sample in samples)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        seen = [sample for sample in samples if sample["pixel_values"] is not None]
+        name = "vision" if any("vision" in sample for sample in samples) else "pixel_values"
+        views = [sample.get(name) for sample in samples]
         batch = {
             "input_ids": self._pad([sample["input_ids"] for sample in samples], length, self.pad_token_id),
             "attention_mask": self._pad([[1] * len(sample["input_ids"]) for sample in samples], length, 0),
             "labels": self._pad([sample["labels"] for sample in samples], length, IGNORE_INDEX),
-            "view_counts": torch.tensor(
-                [0 if sample["pixel_values"] is None else len(sample["pixel_values"]) for sample in samples]
-            ),
+            "view_counts": torch.tensor([0 if one is None else len(one) for one in views]),
         }
-        if seen:
-            batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in seen])
-            batch["view_features"] = torch.tensor([count for sample in seen for count in sample["view_features"]])
+        if any(one is not None for one in views):
+            batch[name] = torch.cat([one for one in views if one is not None])
+            batch["view_features"] = torch.tensor([count for sample in samples for count in sample["view_features"]])
         return batch
 
     def _pad(self, rows: list[list[int]], length: int, value: int) -> Tensor:

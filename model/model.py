@@ -113,7 +113,10 @@ class MultiModalModel(nn.Module):
         Raises:
             ValueError: an entry of `view_features` is neither of the two.
         """
-        vision = self.encoder(pixel_values)  # [N, n, D]
+        return self.project(self.encoder(pixel_values), view_features)
+
+    def project(self, vision: Tensor, view_features: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Features `[M, H]` of what the encoder made of views, `[N, n, D]`; otherwise as `encode_images`."""
         whole = self.media.num_features
         counts = [whole] * len(vision) if view_features is None else [int(count) for count in view_features]
         if len(counts) != len(vision):
@@ -136,11 +139,21 @@ class MultiModalModel(nn.Module):
         features = self.projector(vision, grid or self.encoder.grid)
         return features.to(self.language_model.get_input_embeddings().weight.dtype)
 
-    def _features(self, pixel_values: Tensor | None, features: Tensor | None, view_features=None) -> Tensor | None:
-        if pixel_values is not None and features is not None:
-            raise ValueError("give pixel_values or features, not both")
+    def _features(
+        self,
+        pixel_values: Tensor | None,
+        features: Tensor | None,
+        view_features: Tensor | Sequence[int] | None = None,
+        vision: Tensor | None = None,
+    ) -> Tensor | None:
+        if sum(given is not None for given in (pixel_values, vision, features)) > 1:
+            raise ValueError("give one of pixel_values, vision and features, not several")
         if pixel_values is not None:
             return self.encode_images(pixel_values, view_features)
+        if vision is not None:
+            if self.encoder.trainable:
+                raise ValueError("the encoder is trained: give pixel_values; vision would stay what it was before")
+            return self.project(vision, view_features)
         if features is None and self.training:
             # A batch without pictures: no feature at all, yet all that is trained takes part in the graph and gets zero
             # gradients, which distributed training and a loss that depends on nothing else both need.
@@ -171,6 +184,7 @@ class MultiModalModel(nn.Module):
         view_features: Tensor | Sequence[int] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         position_ids: Tensor | None = None,
+        vision: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits of a batch, or with labels its loss.
@@ -185,16 +199,18 @@ class MultiModalModel(nn.Module):
             view_features: features per view `[N]`, see `encode_images`.
             num_items_in_batch: supervised tokens of the global batch, the divisor of the loss; own count by default.
             position_ids: `[B, T]`.
+            vision: `[N, n, D]`, what the encoder made of the views, instead of `pixel_values`; it does not run then.
             kwargs: further arguments of the decoder, such as `past_key_values` or `logits_to_keep`.
 
         Returns:
             `loss` (float32 scalar) and no logits when labels are given; else `logits [B, T, V]`.
 
         Raises:
-            ValueError: the number of placeholders is not that of the features.
+            ValueError: the number of placeholders is not that of the features, or `vision` is given to a model whose
+                encoder is trained.
         """
         inputs = dict(
-            features=self._features(pixel_values, features, view_features),
+            features=self._features(pixel_values, features, view_features, vision),
             feature_counts=self._feature_counts(view_counts, view_features),
             attention_mask=attention_mask,
             position_ids=position_ids,

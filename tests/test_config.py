@@ -112,6 +112,7 @@ def test_names_of_other_scripts():
         (["tune=decoder", "model.dtype=bfloat16"], "trains these weights: model.dtype must be float32, got bfloat16"),
         (["tune=all", "encoder.dtype=float16"], "model.encoder.dtype must be float32, got float16"),
         (["tune=decoder", "quantization=nf4"], "model.tune=decoder trains the decoder, which can't be quantized (nf4)"),
+        (["tune=all", "feature_cache=f"], "model.tune=all trains the encoder, whose features then change with every"),
         (["--bf16", "--fp16"], "train.bf16 and train.fp16 exclude each other"),
     ],
 )

@@ -292,7 +292,7 @@ def test_other_records_under_the_same_name_are_refused(tiny, reference, tmp_path
     train(config)
     (tmp_path / "run/trainer_state.json").unlink()
     write_records(tiny.records(25), data)
-    with pytest.raises(RunError, match="checkpoint-4 can't be continued: sample lengths then .*, now "):
+    with pytest.raises(RunError, match="checkpoint-4 can't be continued: records then .*, now "):
         train(config)
 
 

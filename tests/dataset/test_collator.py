@@ -45,6 +45,21 @@ def test_batch_without_views_has_no_pixel_values():
     assert set(batch) == {"input_ids", "attention_mask", "labels", "view_counts"}
 
 
+def test_vision_takes_the_place_of_pixel_values():
+    def seen(length: int, views: int, value: float) -> dict:
+        vision = torch.full((views, 5, 3), value, dtype=torch.bfloat16) if views else None
+        return {key: value for key, value in sample(length, views, features=5).items() if key != "pixel_values"} | {
+            "vision": vision
+        }
+
+    skipped = sample(1, 0)  # has `pixel_values`, which is None
+    batch = Collator(PAD)([seen(2, 2, 1.0), seen(2, 0, 0.0), skipped, seen(2, 1, 3.0)])
+    assert "pixel_values" not in batch and batch["view_counts"].tolist() == [2, 0, 0, 1]
+    assert batch["vision"].shape == (3, 5, 3) and batch["vision"].dtype == torch.bfloat16
+    assert batch["vision"][:, 0, 0].tolist() == [1.0, 1.0, 3.0] and batch["view_features"].tolist() == [5, 5, 5]
+    assert "vision" not in Collator(PAD)([seen(2, 0, 0.0), skipped])
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="padding_side"):
         Collator(PAD, "both")

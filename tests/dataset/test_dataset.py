@@ -59,13 +59,13 @@ def test_images_and_clips_stand_in_the_order_of_their_placeholders(tokenizer, im
     assert sample["view_features"] == [2, 2, 4, 2, 2, 2, 4]
     assert sample["input_ids"] == encode_record(mixed, tokenizer, [4, 4, 6, 4])["input_ids"]
     assert sample["input_ids"].count(tokenizer.placeholder_id) == sum(sample["view_features"])
-    assert dataset.lengths == [len(sample["input_ids"])]
+    assert list(dataset.lengths) == [len(sample["input_ids"])]
 
 
 def test_an_image_of_several_views(tokenizer, image_root):
     dataset = build([record("<image>", "x", images=["b.png"])], tokenizer, image_root, StubMedia(tiles=True))
     assert values(dataset[0]) == [2] * 5 and dataset[0]["view_features"] == [N] * 5  # 4 pixels wide
-    assert dataset.lengths == [len(dataset[0]["input_ids"])]
+    assert list(dataset.lengths) == [len(dataset[0]["input_ids"])]
 
 
 def test_plain_text_is_cut_before_the_image_that_does_not_fit(tokenizer, image_root):
@@ -84,7 +84,7 @@ def test_plain_text_is_cut_before_the_image_that_does_not_fit(tokenizer, image_r
         dataset = build([text], tokenizer, image_root, max_length=limit)
         sample = dataset[0]
         assert sample["input_ids"] == whole["input_ids"][:end] and values(sample) == views, limit
-        assert sample["labels"] == whole["labels"][:end] and dataset.lengths == [end]
+        assert sample["labels"] == whole["labels"][:end] and list(dataset.lengths) == [end]
     with pytest.raises(RecordError, match=f"none of its first {N} tokens"):
         _ = build([text], tokenizer, image_root, max_length=N)[0]
 
@@ -101,7 +101,7 @@ def test_media_that_are_cut_away_are_not_decoded(tokenizer, image_root):
 def test_lengths_open_no_image(tokenizer, tmp_path):
     records = [record("<image>", "abc", images=["absent.jpg"]), record("?", "!", name="s")]
     dataset = build(records, tokenizer, tmp_path / "absent", max_length=100)
-    assert dataset.lengths == [len(encode_record(r, tokenizer, N)["input_ids"]) for r in records]
+    assert list(dataset.lengths) == [len(encode_record(r, tokenizer, N)["input_ids"]) for r in records]
     assert dataset.lengths[0] == dataset.lengths[1] + N - 1 + 2
 
 
@@ -125,22 +125,24 @@ def test_cut_ends_with_the_last_supervised_token(tokenizer, image_root, caplog):
         assert sample["input_ids"] == whole["input_ids"][:end], limit
         assert sample["labels"] == whole["labels"][:end]
         assert sample["pixel_values"][:, 0, 0, 0].tolist() == images
-        assert dataset.lengths == [end]
+        assert list(dataset.lengths) == [end]
         assert len(sample["input_ids"]) <= limit
+    assert caplog.text.count("record 'long' is longer than max_length=52 and was cut; others may follow") == 1
+    dataset.lengths.measure()
     assert "1 of 1 records are longer than max_length" in caplog.text
 
 
 @pytest.mark.parametrize("limit", [1, 12])
 def test_record_without_supervised_token_within_the_limit(tokenizer, image_root, limit):
     dataset = build([record("<image>", "yes", images=["a.png"], name="huge")], tokenizer, image_root, max_length=limit)
-    for attempt in (lambda: dataset[0], lambda: dataset.lengths):
+    for attempt in (lambda: dataset[0], dataset.lengths.measure):
         with pytest.raises(RecordError, match=f"'huge': none of its first {limit} tokens .* is supervised"):
             attempt()
 
 
 def test_faults_in_texts_name_the_record(tokenizer, image_root):
     with pytest.raises(RecordError, match="'mute'"):
-        _ = build([record("no answer", name="mute")], tokenizer, image_root).lengths
+        build([record("no answer", name="mute")], tokenizer, image_root).lengths.measure()
     heard = {**record("listen", "ok", name="song"), "audios": ["a.wav"]}
     with pytest.raises(RecordError, match="'song'.*audios can't be encoded"):
         build([heard], tokenizer, image_root)[0]
@@ -168,9 +170,9 @@ def test_bad_media_are_errors_that_name_file_and_record(tokenizer, image_root, n
 def test_files_whose_headers_can_not_be_read(tokenizer, image_root):
     records = [record("<video>", "x", videos=[name], name=name) for name in ("v.mp4", "gone.mp4")]
     with pytest.raises(FileNotFoundError, match="'gone.mp4'"):
-        _ = build(records, tokenizer, image_root).lengths
+        build(records, tokenizer, image_root).lengths.measure()
     dataset = build(records, tokenizer, image_root, on_bad_image="skip")
-    assert dataset.lengths == [len(dataset[0]["input_ids"]), 1]
+    assert list(dataset.lengths) == [len(dataset[0]["input_ids"]), 1]
     assert dataset.skipped == ["gone.mp4"]
 
 
@@ -238,7 +240,7 @@ def test_pickles(tokenizer, image_root, tmp_path):
     write_records(rows(3, set()), tmp_path / "r.parquet")
     dataset = build(read_records(tmp_path / "r.parquet"), tokenizer, image_root, max_length=50)
     copy = pickle.loads(pickle.dumps(dataset))
-    assert copy.lengths == dataset.lengths
+    assert list(copy.lengths) == list(dataset.lengths)
     for ours, theirs in zip(copy, dataset, strict=True):
         assert ours["input_ids"] == theirs["input_ids"]
         assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
@@ -278,4 +280,4 @@ def test_real_images_and_clips(tokenizer, tiny, tmp_path, settings):
     assert batch["view_features"].tolist() == wide.features + film.features + small.features + film.features
     placeholders = (batch["input_ids"] == tokenizer.placeholder_id).sum(1)
     assert placeholders.tolist() == [sum(wide.features + small.features + film.features), 0, sum(film.features)]
-    assert batch["attention_mask"].sum(1).tolist() == dataset.lengths
+    assert batch["attention_mask"].sum(1).tolist() == list(dataset.lengths)

@@ -1,8 +1,10 @@
 """dataset/sampler.py: every sample once, the same order on any number of processes, batches of similar length."""
 
+import numpy as np
 import pytest
 import torch
 
+from dataset.mixture import Mixture
 from dataset.sampler import GlobalBatchSampler, shuffle_batches
 
 LENGTHS = torch.randint(5, 200, (203,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -65,7 +67,111 @@ def test_batches_are_shuffled_as_a_whole():
     assert shuffle_batches([1, 2, 3], 8, torch.Generator()) == [1, 2, 3]
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """An epoch of 203 samples is a long one then: of four blocks, of 60 samples or 64 as global batches have it."""
+    monkeypatch.setattr("dataset.sampler.ONE_BLOCK", 100)
+    monkeypatch.setattr("dataset.sampler.BLOCK", 60)
+
+
+class Watched(list):
+    """Lengths that remember which of them were asked for."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.asked: set[int] = set()
+
+    def __getitem__(self, index):
+        self.asked.add(index)
+        return super().__getitem__(index)
+
+
+def padding(lengths: list[int]) -> int:
+    """Positions without a token in batches of 4."""
+    batches = [lengths[i : i + 4] for i in range(0, len(lengths), 4)]
+    return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
+
+
+def test_long_epochs_are_measured_block_by_block(small_blocks):
+    lengths = Watched(LENGTHS)
+    sampler = GlobalBatchSampler(lengths, 2, accumulation=2)
+    order = sampler.order()
+    assert sorted(order) == list(range(203)) and len(lengths.asked) == 203
+    lengths.asked.clear()
+    first = next(iter(sampler))
+    assert lengths.asked == set(order[:60]) and set(first) < set(order[:60])
+    found = [LENGTHS[i] for i in order]
+    assert padding(found) < 0.6 * padding(torch.tensor(LENGTHS)[torch.randperm(203)].tolist())
+    assert {i // 51 for i in order[:60]} == {0, 1, 2, 3}  # a block is a sample of the whole
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random", "sequential"])
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("world_size, rank", [(1, 0), (2, 1)])
+def test_a_resumed_epoch_goes_on_where_it_was(strategy, blocks, world_size, rank, request):
+    if blocks:
+        request.getfixturevalue("small_blocks")
+    lengths = Watched(LENGTHS)
+    sampler = GlobalBatchSampler(
+        lengths, 4, accumulation=2, world_size=world_size, rank=rank, strategy=strategy, seed=7
+    )
+    sampler.epoch = 2
+    whole = list(sampler)
+    for had in (0, 1, 10, 17, len(whole) - 1, len(whole)):
+        lengths.asked.clear()
+        sampler.skip = had
+        resumed = list(sampler)
+        assert resumed == [[]] * had + whole[had:]
+        assert len(sampler.handed_out) == len(whole) - had
+        if blocks and strategy == "group_by_length" and had * 4 * world_size >= 64:
+            assert len(lengths.asked) <= 203 - 64  # nothing is measured of what was had
+    assert list(sampler) == whole  # `skip` holds for one time
+
+
+def test_what_was_handed_out_is_known_for_all_processes():
+    samplers = [GlobalBatchSampler(LENGTHS, 4, world_size=2, rank=rank) for rank in (0, 1)]
+    batches = list(zip(*samplers, strict=True))
+    assert samplers[0].handed_out == samplers[1].handed_out
+    assert [sorted(a + b) for a, b in batches] == [sorted(both) for both in samplers[0].handed_out]
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_batches_by_modality(blocks, request):
+    if blocks:
+        request.getfixturevalue("small_blocks")
+    has_media = np.random.default_rng(0).random(203) < 0.6
+    sampler = GlobalBatchSampler(LENGTHS, 4, accumulation=2, world_size=2, has_media=has_media)
+    order = sampler.order()
+    assert sorted(order) == list(range(203))
+    kinds = [set(has_media[order[start : start + 16]].tolist()) for start in range(0, 203, 16)]
+    mixed = sum(len(kind) == 2 for kind in kinds)
+    assert {True} in kinds and {False} in kinds and mixed <= (4 if blocks else 2)
+    assert order != GlobalBatchSampler(LENGTHS, 4, accumulation=2, world_size=2).order()
+
+
+def test_the_longest_comes_first_whatever_its_modality():
+    for longest in (3, 150):
+        lengths = [999 if i == longest else length for i, length in enumerate(LENGTHS)]
+        has_media = np.arange(203) < 100
+        assert longest in GlobalBatchSampler(lengths, 8, has_media=has_media).order()[:8]
+
+
+def test_a_mixture_decides_what_an_epoch_has(small_blocks):
+    numbers = (np.arange(203) >= 150).astype(int)
+    mixture = Mixture(["many", "few"], numbers, {"many": 0.5, "few": 0.5})
+    sampler = GlobalBatchSampler(LENGTHS, 4, strategy="group_by_length", mixture=mixture)
+    for epoch in (0, 3):
+        sampler.epoch = epoch
+        order = sampler.order()
+        assert sorted(order) == sorted(mixture.epoch(epoch).tolist()) and order != mixture.epoch(epoch).tolist()
+        assert sorted(i for batch in sampler for i in batch) == sorted(order)
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="need the sampling strategy 'group_by_length'"):
+        GlobalBatchSampler([1, 2], 1, strategy="random", has_media=np.array([True, False]))
+    with pytest.raises(ValueError, match="need another sampling strategy than 'sequential'"):
+        GlobalBatchSampler([1, 2], 1, strategy="sequential", has_media=np.array([True, False]))
     with pytest.raises(ValueError, match="unknown sampling strategy 'length'; choose one of group_by_length, random"):
         GlobalBatchSampler([1, 2], 1, strategy="length")
     with pytest.raises(ValueError, match="1 training samples are too few for 2 processes"):

@@ -104,8 +104,23 @@ def test_features_instead_of_pixel_values(make_model):
     loss = model(**batch).loss
     pixel_values = batch.pop("pixel_values")
     assert torch.equal(model(**batch, features=features).loss, loss)
-    with pytest.raises(ValueError, match="pixel_values or features, not both"):
+    with pytest.raises(ValueError, match="give one of pixel_values, vision and features, not several"):
         model(**batch, features=features, pixel_values=pixel_values)
+
+
+def test_vision_instead_of_pixel_values_without_the_encoder(make_model):
+    model = make_model(position_embedding=True)
+    torch.nn.init.normal_(model.projector.position_embedding)
+    batch = _batch(model)
+    loss = model(**batch).loss
+    vision = model.encoder(batch.pop("pixel_values"))
+    model.encoder.forward = None
+    assert torch.equal(model(**batch, vision=vision).loss, loss)
+    with pytest.raises(ValueError, match="give one of pixel_values, vision and features, not several"):
+        model(**batch, features=vision, vision=vision)
+    model.encoder.requires_grad_(True)
+    with pytest.raises(ValueError, match="the encoder is trained: give pixel_values"):
+        model(**batch, vision=vision)
 
 
 @pytest.mark.parametrize("training", [False, True])
