@@ -91,6 +91,15 @@ def tiny_tokenizer(tmp_path_factory) -> QWenTokenizer:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> QWenTokenizer:
+    """A small ranks file: the 256 bytes and a few merges, one of which joins two line breaks."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokens = [bytes([byte]) for byte in range(256)] + [b"us", b"er", b"user", b"an", b"\n\n", "图".encode()[:2]]
+    write_ranks({token: rank for rank, token in enumerate(tokens)}, folder / "qwen.tiktoken")
+    return QWenTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory, request) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
     make_decoder(folder / "decoder")
