@@ -6,10 +6,14 @@
     python train.py --config configs/qwen7b_siglip.yaml --plan --gpu_memory 24        the memory it will need
     python train.py --help                                        every key with its default and meaning
 
-The same command continues an interrupted run; `train.overwrite=true` starts over.
+The same command continues an interrupted run; `train.overwrite=true` starts over. SIGTERM ends a run after the step in
+hand, with a checkpoint.
 """
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +98,8 @@ def train(config: Config) -> VLMTrainer:
                   "found, as the run comes to them; `python preview.py --config ...` checks all of them beforehand")
         start = f"Starting a new run in {config.train.output_dir}"
         print(f"Continuing from {checkpoint}" if checkpoint else start, flush=True)
-    run(trainer, checkpoint)
+    with stopping_on_sigterm(trainer):
+        run(trainer, checkpoint)
     if skipped := trainer.train_dataset.skipped:
         print(f"{len(skipped)} records were left out, for reasons given above: {', '.join(skipped[:10])} ...")
     return trainer
@@ -108,7 +113,24 @@ def run(trainer: VLMTrainer, checkpoint: Path | None) -> None:
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < trainer.state.max_steps:
+            problem = f"stopped after step {trainer.state.global_step} with a checkpoint; the same command continues"
+            raise RunError(problem, 128 + signal.SIGTERM)
     trainer.finish()
+
+
+@contextmanager
+def stopping_on_sigterm(trainer: VLMTrainer) -> Iterator[None]:
+    """SIGTERM, which schedulers send before they kill, ends a run after the step in hand, with a checkpoint."""
+
+    def stop(number: int, frame) -> None:
+        trainer.stop_requested = True
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from model.checkpoint import load_trained, save_trained
 from model.optim import parameter_groups
 from run_folder import CONFIG_FILE, PROGRESS, UNFINISHED, RunError
 
+NAMED_RECORDS = 64  # of a step that goes wrong
 MAX_LOGGED_SOURCES = 50  # more are no mixture, but records that have each a name of its own
 
 
@@ -68,6 +69,8 @@ class VLMTrainer(Trainer):
         self.rates: dict[str, float] = {}  # learning rates of the last optimizer step
         self.sources, self._source_of = train_dataset.sources
         self.drawn = np.zeros(len(self.sources), np.int64)  # samples of each source since the run began
+        self.step_samples: list[int] = []  # of the optimizer step in hand
+        self.stop_requested = False  # after the step in hand, with a checkpoint
         self.progress: dict | None = None  # of the checkpoint that this run continues
         super().__init__(
             model=model,
@@ -94,11 +97,14 @@ class VLMTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(grad_norm):
+            names = [repr(self.train_dataset.records.table["id"][index].as_py()) for index in self.step_samples]
+            more = f" and {len(names) - NAMED_RECORDS} more" if len(names) > NAMED_RECORDS else ""
             raise FloatingPointError(
                 f"the gradient of step {self.state.global_step + 1} is not finite (norm {float(grad_norm)}, loss "
                 f"{float(self._tr_loss)} since the last log line); nothing was updated. Lower train.lora_lr and "
                 "train.projector_lr or lengthen train.warmup_steps; the same command with other values starts over "
-                "when train.overwrite=true is added."
+                "when train.overwrite=true is added. Records of this step, should one of them be the cause: "
+                f"{', '.join(names[:NAMED_RECORDS])}{more}"
             )
         return grad_norm
 
@@ -141,12 +147,19 @@ class VLMTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device):
         start = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for _ in batches:
-            samples = self.batch_sampler.handed_out.popleft()  # of all processes: no need to ask the others
-            self.drawn += np.bincount(self._source_of[samples], minlength=len(self.drawn))
+        # Those of all processes: there is no need to ask the others.
+        self.step_samples = [sample for _ in batches for sample in self.batch_sampler.handed_out.popleft()]
+        self.drawn += np.bincount(self._source_of[self.step_samples], minlength=len(self.drawn))
         num_items = num_items.clamp(min=1)  # 0 only if every record of the batch was skipped for its image
         self.speed.batch(time.perf_counter() - start, sum(len(batch["labels"]) for batch in batches), num_items)
         return batches, num_items
+
+    def stops(self) -> bool:
+        """Whether any process was asked to stop: all of them do it after the same step."""
+        if self.args.world_size == 1:
+            return self.stop_requested
+        asked = torch.tensor(float(self.stop_requested), device=self.args.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum"))
 
     # Validation
 
@@ -297,6 +310,8 @@ class LoopCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.speed.step_done()
+        if self.trainer.stops():
+            control.should_save = control.should_training_stop = True
 
 
 class Speed:

@@ -22,6 +22,7 @@ from dataset.record import write_records
 from model import MultiModalModel
 from model.decoder import quantization_of
 from run_folder import RunError, complete_checkpoints, resume_point
+from tests.conftest import Tiny
 from train import build_model, load_dataset, main, train
 from training import VLMTrainer
 
@@ -160,8 +161,11 @@ def test_gradient_that_is_not_finite_stops_the_run(tiny, tmp_path):
     trainer = make_trainer(tiny.config(tmp_path))
     with torch.no_grad():
         trainer.model.projector.layers[0].bias[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="gradient of step 1 is not finite"):
+    with pytest.raises(FloatingPointError, match="gradient of step 1 is not finite") as caught:
         trainer.train()
+    ids = {record["id"] for record in Tiny.records(24)}
+    named = str(caught.value).rpartition("cause: ")[2].split(", ")
+    assert len(named) == 2 and {name.strip("'") for name in named} < ids
 
 
 def test_batch_of_skipped_records_does_not_divide_by_zero(tiny, tmp_path):
@@ -219,14 +223,34 @@ def test_killed_run_continues_bit_for_bit(tiny, reference, tmp_path):
     assert not (folder / ".unfinished").exists()
 
 
+def test_sigterm_ends_the_run_with_a_checkpoint(tiny, reference, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", *tiny.arguments(folder, *long_run(tiny), "num_workers=1")]
+    process = subprocess.Popen(command, cwd=tiny.project, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for(folder / "checkpoint-4", process)
+    process.terminate()
+    problem = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 128 + signal.SIGTERM
+    (stopped_at,) = [path for path in complete_checkpoints(folder) if f"after step {path.name[11:]} with" in problem]
+    assert stopped_at == complete_checkpoints(folder)[-1]
+    assert "the same command continues" in problem and not (folder / "trainer_state.json").exists()
+    assert f"Continuing from {stopped_at}" in tiny.run(*command[1:]).stdout
+    assert trajectory(folder) == trajectory(reference)
+    assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in weights(reference).items())
+
+
+def wait_for(path: Path, process: subprocess.Popen, timeout: float = 90) -> None:
+    end = time.time() + timeout
+    while not path.exists():
+        assert process.poll() is None and time.time() < end, f"{path} did not appear"
+        time.sleep(0.002)
+
+
 def kill_after(path: Path, command: list[str], cwd: Path, timeout: float = 90) -> None:
     """Starts a process and kills it as soon as `path` exists."""
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.time() + timeout
-        while not path.exists():
-            assert process.poll() is None and time.time() < end, f"{path} did not appear"
-            time.sleep(0.002)
+        wait_for(path, process, timeout)
     finally:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
