@@ -210,7 +210,7 @@ def _open_cache(config: Config, records: Records, model: MultiModalModel) -> Fea
     load_held_encoder(config.model, model.encoder)
     key = feature_key(model.encoder, model.media, autocast_dtype(config))
     cache = FeatureCache(config.data.feature_cache, key)
-    cache.check(media_ids(records.table))
+    cache.check(media_ids(records.table), config.data.image_root)
     return cache
 
 

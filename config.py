@@ -147,8 +147,11 @@ ALIASES = {
     "learning_rate": ("train.lora_lr", "train.decoder_lr"),
 }
 
-# A resumed run may differ in these: none of them touches the sequence of weights.
-FREE_KEYS = {"data.num_workers", "train.output_dir", "train.overwrite", "train.report_to", "train.save_total_limit"}
+# A resumed run may differ in these: none of them touches the sequence of weights, a feature cache but for rounding.
+FREE_KEYS = {
+    "data.num_workers", "data.feature_cache", "train.output_dir", "train.overwrite", "train.report_to",
+    "train.save_total_limit",
+}  # fmt: skip
 
 AT_LEAST_ONE = [f"train.{name}" for name in (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",

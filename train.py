@@ -24,6 +24,7 @@ from transformers.trainer_callback import TrainerState
 from build import build_model, load_dataset, load_mixture
 from config import Config, ConfigError, load_config
 from dataset.collator import Collator
+from dataset.feature_cache import StaleFeatures
 from dataset.rows import RecordError
 from dataset.sampler import ONE_BLOCK
 from model.optim import parameter_groups
@@ -45,8 +46,9 @@ def main() -> None:
     except RunError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.status)
-    except RecordError as error:  # of a record that a long epoch came to late
-        sys.exit(f"train.py: {error}")
+    except (RecordError, StaleFeatures) as error:  # of a record that the run came to late
+        # A loader's process puts its traceback before the message.
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
 
 
 def train(config: Config) -> VLMTrainer:

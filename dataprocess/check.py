@@ -54,5 +54,6 @@ def _check(medium: Medium) -> Finding:
         checked = check_image(medium.path)
     if checked.digest and now[0] is None:
         return _check(medium)  # it has just appeared
-    now = now if checked.was_read else (None, None)
+    # A fault may pass: memory was short, a disk away, another version of a decoder reads the file. There are few.
+    now = now if checked.digest else (None, None)
     return Finding(*now, checked.digest, checked.reason, checked.problem)

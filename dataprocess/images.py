@@ -17,7 +17,6 @@ class Checked(NamedTuple):
     digest: str | None
     reason: str | None = None
     problem: str | None = None
-    was_read: bool = True  # False: the file could not be opened, which says nothing about what is in it
 
 
 def check_image(path: str) -> Checked:
@@ -30,7 +29,7 @@ def check_image(path: str) -> Checked:
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         problem = f"{path}: {getattr(error, 'strerror', None) or error}"
-        return Checked(None, "image missing" if missing else "image unreadable", problem, was_read=False)
+        return Checked(None, "image missing" if missing else "image unreadable", problem)
     if not content:
         return Checked(None, "image unreadable", f"{path}: the file is empty")
     try:
@@ -47,5 +46,5 @@ def check_image(path: str) -> Checked:
     except Image.UnidentifiedImageError:
         return Checked(None, "image unreadable", f"{path}: not an image in a format that Pillow reads")
     except Exception as error:  # on corrupt data Pillow raises nearly anything, SyntaxError and IndexError included
-        return Checked(None, "image unreadable", f"{path}: {error or type(error).__name__}")
+        return Checked(None, "image unreadable", f"{path}: {str(error) or type(error).__name__}")
     return Checked(hashlib.blake2b(content, digest_size=16).hexdigest())

@@ -12,6 +12,7 @@ Memory holds a few blocks and, for each record and each of its media, some bytes
 
 import json
 import os
+import shutil
 import time
 from array import array
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from dataprocess.staging import Rows, Staging, read_block
 
 TEXT_ONLY = "text:"  # before the id of a record without media, which is its key
 SPLITS = ("train", "validation")
+OUTPUTS = ("report.json", *(f"{split}.parquet" for split in SPLITS), "dropped.jsonl")  # in the output folder
 ROWS = 500  # of a source that are read at once
 FILES = 32  # that are checked at once
 COMMIT = 1.0  # seconds of work that a killed process loses at most, besides what is under way
@@ -74,6 +76,7 @@ def process(config: Config) -> dict:
         journal = stack.enter_context(Journal(work / "journal.sqlite"))
         staging = stack.enter_context(Staging(work / "records.arrow"))
         drops = stack.enter_context(Drops(work / "dropped.jsonl", config.on_error, [s.name for s in config.sources]))
+        refuse_foreign(config, journal)
         root = read(config, apply, journal, staging, drops)
         check(config, apply, journal, staging, drops)
         division = divide(config, journal, staging, drops)
@@ -83,9 +86,39 @@ def process(config: Config) -> dict:
                 raise ValueError(f"source {name!r}: no record is usable{tally.first_fault()}")
         if not (division.kept & ~division.validation).any():
             raise ValueError(f"validation={config.validation} leaves no record for training")
-        clear(Path(config.output))
-        plan = pack(config, apply, journal, staging, division, stack.enter_context(ShardPlan(work / "shards.sqlite")))
-        return write(config, staging, drops, division, root, plan, work)
+        plan = None
+        if config.shard_mb:
+            plan = stack.enter_context(ShardPlan(work / "shards.sqlite"))
+            plan_shards(staging, journal, division, plan)
+            check_space(config, journal, plan)
+            clear(config, journal)  # records of an earlier run point into shards that are about to change
+        pack(config, apply, journal, plan)
+        return write(config, journal, staging, drops, division, root, plan, work)
+
+
+def refuse_foreign(config: Config, journal: Journal) -> None:
+    """Raises ValueError if this run would write over what it reads, or over what no earlier run has written."""
+    folder = Path(config.output)
+    ours = (folder / "report.json").exists()  # of a time before journals
+    for path in (folder / name for name in OUTPUTS):
+        if not path.exists():
+            continue
+        for source in config.sources:
+            if any(file and path.samefile(file) for file in (source.annotations, source.image_map)):
+                raise ValueError(f"source {source.name!r} reads {path}, which a run replaces; set another output")
+        if not ours and journal.note(str(path)) is None:
+            problem = f"{path} is there and was not written by process_image.py, or the journal of that run is gone"
+            raise ValueError(f"{problem}; move it, or set another output")
+
+
+def check_space(config: Config, journal: Journal, plan: ShardPlan) -> None:
+    """Raises OSError if the disk has no room for the shards."""
+    folder = Path(config.output, FOLDER)
+    known = (path.stat().st_size for path in folder.glob("*.tar") if journal.note(str(path)) is not None)
+    needed, free = plan.size() - sum(known), shutil.disk_usage(config.output).free
+    if needed > free:
+        sizes = f"{needed >> 20:,} MiB, {free >> 20:,} are free"
+        raise OSError(f"{config.output}: the shards need {sizes}; make room, set another output or leave out shard_mb")
 
 
 def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
@@ -203,15 +236,12 @@ def divide(config: Config, journal: Journal, staging: Staging, drops: Drops) -> 
     return Division(kept, kept & (groups <= last), media)
 
 
-def pack(
-    config: Config, apply: Apply, journal: Journal, staging: Staging, division: Division, plan: ShardPlan
-) -> ShardPlan | None:
-    """With `shard_mb`, images and videos go into tar files; those that are there already are left as they are."""
+def pack(config: Config, apply: Apply, journal: Journal, plan: ShardPlan | None) -> None:
+    """Images and videos go into tar files as planned; those that are there already are left as they are."""
     folder = Path(config.output, FOLDER)
     names = set()
-    if config.shard_mb:
+    if plan:
         folder.mkdir(exist_ok=True)
-        plan_shards(staging, journal, division, plan)
         progress = tqdm(total=plan.size(), desc="Packing", unit="B", unit_scale=True, disable=None)
         shards, sent = tee(missing_shards(config, journal, plan, folder, names, progress))
         for shard, written in zip(shards, apply(write_shard, sent), strict=True):
@@ -219,8 +249,7 @@ def pack(
             journal.commit()
             progress.update(sum(member.size for member in shard.members))
         progress.close()
-    remove_others(folder, names)
-    return plan if config.shard_mb else None
+    remove_others(folder, names, journal)
 
 
 def plan_shards(staging: Staging, journal: Journal, division: Division, plan: ShardPlan) -> None:
@@ -246,9 +275,14 @@ def missing_shards(
             path = Path(shard.path)
             names.add(path.name)
             status = path.stat() if path.is_file() else None
+            if status and journal.note(shard.path) is None:
+                problem = f"{path} is there and was not written by process_image.py"
+                raise ValueError(f"{problem}, or its journal is gone; move {folder}, or choose another output")
             if status and journal.note(shard.path) == note_of(shard, status.st_size, status.st_mtime_ns):
                 progress.update(sum(member.size for member in shard.members))
             else:
+                journal.set_note(shard.path, "begun")  # from here on the file is known to be ours
+                journal.commit()
                 yield shard
 
 
@@ -256,14 +290,23 @@ def note_of(shard: Shard, size: int, modified: int) -> str:
     return f"{shard.fingerprint()} {size} {modified}"
 
 
-def clear(folder: Path) -> None:
+def clear(config: Config, journal: Journal) -> None:
     """Removes what an earlier run left. `report.json` goes first and comes last: it stands beside whole sets only."""
-    for name in ("report.json", *(f"{split}.parquet" for split in SPLITS), "dropped.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (Path(config.output, name) for name in OUTPUTS):
+        journal.set_note(str(path), "ours")
+        journal.commit()
+        path.unlink(missing_ok=True)
 
 
 def write(
-    config: Config, staging: Staging, drops: Drops, division: Division, root: str, plan: ShardPlan | None, work: Path
+    config: Config,
+    journal: Journal,
+    staging: Staging,
+    drops: Drops,
+    division: Division,
+    root: str,
+    plan: ShardPlan | None,
+    work: Path,
 ) -> dict:
     """Writes the files of records and, when they are whole, the report."""
     folder = Path(config.output)
@@ -287,8 +330,10 @@ def write(
         **division.media,
         "sources": {name: tally.as_dict() for name, tally in drops.tallies.items()},
     }
-    for split, file in files.items():
+    for file in files.values():
         file.close()
+    clear(config, journal)
+    for split, file in files.items():
         if not file.records:
             file.path.unlink()
         else:

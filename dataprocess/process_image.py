@@ -47,8 +47,15 @@ def main() -> None:
             root, model, seed = report["image_root"], config.model, config.seed
             page = write_page(folder / "train.parquet", root, folder / "preview.html", arguments.preview, model, seed)
             print(f"{page}: open it in a browser")
-    except (ConfigError, OSError, ValueError, WorkerDied, sqlite3.Error) as error:
-        sys.exit(f"process_image.py: {error}")
+    except sqlite3.DatabaseError as error:
+        if "disk is full" not in str(error):
+            file = Path(config.output, ".work", "journal.sqlite")
+            sys.exit(f"process_image.py: {file} is damaged ({error}); delete it, and all media are checked anew")
+        sys.exit(f"process_image.py: {config.output}: {error}; make room, the same command then goes on from here")
+    except (ConfigError, OSError, ValueError, WorkerDied) as error:
+        full = "errno 28" in str(error).lower()  # so in errors of Arrow, too
+        hint = f"\nMake room for {config.output}; the same command then goes on from here" if full else ""
+        sys.exit(f"process_image.py: {error}{hint}")
     except KeyboardInterrupt:
         sys.exit("process_image.py: interrupted; the same command goes on from here")
 

@@ -14,6 +14,7 @@ from dataprocess.sources import FORMATS, Source
 from dataprocess.sources.source import SPLIT_NAMES, Context, RowError
 from dataset.record import validate_record
 from dataset.rows import RecordError, shown
+from dataset.shards import LOCATION
 
 
 def read_source(source: Source, seed: int = 0) -> Iterator[dict | RecordError]:
@@ -128,6 +129,8 @@ def located(name: str, folder: str, source: Source, record_id: str) -> str:
     path = os.path.abspath(os.path.join(folder, name))
     if path == os.path.abspath(folder):
         raise RecordError.of(record_id, "path", f"{shown(name)} names no file; mend it, or drop the record")
+    if LOCATION.fullmatch(name):
+        raise RecordError.of(record_id, "path", f"{shown(name)} means a place in a tar file here; rename the file")
     if source.follow_links:
         return path
     try:

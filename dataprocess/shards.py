@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataprocess.check import IMAGE, Finding
+from dataprocess.journal import Journal
 
 FOLDER = "shards"
 NAME = re.compile(r"(train|validation)-\d{5,}\.tar")
@@ -54,10 +55,10 @@ class Shard(NamedTuple):
     members: list[Member]
 
     def fingerprint(self) -> str:
-        """Differs between shards of different content."""
+        """Differs between shards of different content. Times count, as the digest of a video is of its ends alone."""
         digest = hashlib.blake2b(digest_size=16)
         for member in self.members:
-            digest.update(repr((member.name, member.size, member.digest)).encode())
+            digest.update(repr((member.name, member.size, member.modified, member.digest)).encode())
             digest.update(member.text)
         return digest.hexdigest()
 
@@ -82,10 +83,11 @@ def write_shard(shard: Shard) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def remove_others(folder: Path, names: set[str]) -> None:
-    """Removes shards of an earlier run, whole or not, that are not among `names`."""
+def remove_others(folder: Path, names: set[str], journal: Journal) -> None:
+    """Removes shards that an earlier run has written, whole or not, and that are not among `names`."""
     for path in folder.glob("*.tar*"):
-        if NAME.fullmatch(path.name.removesuffix(".part")) and path.name not in names:
+        shard = path.name.removesuffix(".part")
+        if path.name not in names and NAME.fullmatch(shard) and journal.note(str(folder / shard)) is not None:
             path.unlink()
 
 

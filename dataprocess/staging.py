@@ -60,8 +60,10 @@ class Staging:
         return self
 
     def __exit__(self, *_) -> None:
-        self._writer.close()
-        self.path.unlink(missing_ok=True)
+        try:
+            self._writer.close()
+        finally:  # on a full disk there is no closing it
+            self.path.unlink(missing_ok=True)
 
     def append(self, written: bytes) -> pa.RecordBatch:
         """Stores a batch that `read_block` has made, and returns it."""

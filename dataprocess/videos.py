@@ -28,7 +28,7 @@ def check_video(path: str) -> Checked:
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         problem = f"{path}: {getattr(error, 'strerror', None) or error}"
-        return Checked(None, "video missing" if missing else "video unreadable", problem, was_read=False)
+        return Checked(None, "video missing" if missing else "video unreadable", problem)
     if os.path.getsize(path) == 0:
         return Checked(None, "video unreadable", f"{path}: the file is empty")
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
@@ -53,7 +53,7 @@ def check_video(path: str) -> Checked:
             if not list(islice(container.decode(streams[0]), 1)):
                 return Checked(None, "video unreadable", f"{path}: it has no frame")
     except Exception as error:  # on corrupt data the library raises OSError, ValueError and others besides
-        problem = getattr(error, "strerror", None) or error or type(error).__name__
+        problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Checked(None, "video unreadable", f"{path}: can't be read as a video: {problem}")
     return Checked(digest)
 

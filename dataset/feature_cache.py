@@ -27,6 +27,7 @@ from dataset.feature_key import key_differences
 from dataset.shards import LOCATION
 
 FORMAT = 1
+CHECKED = 10_000  # files that are looked at beforehand
 KEY_FILE = "key.json"
 INDEX = pa.schema({
     "hash": pa.uint64(),  # of `medium`, by which it is found
@@ -187,8 +188,12 @@ class FeatureCache:
         """Features `[V, n, D]` of the views of a medium; raises what `find` raises."""
         return self.read(self.find(kind, name, root))
 
-    def check(self, media: pa.Array | pa.ChunkedArray) -> None:
-        """Raises `StaleFeatures` unless all of these `medium_id`s are in the cache. Files are not looked at."""
+    def check(self, media: pa.Array | pa.ChunkedArray, root: str | os.PathLike) -> None:
+        """Raises `StaleFeatures` unless all of these `medium_id`s are in the cache and their files are unchanged.
+
+        Of more than `CHECKED` files as many are looked at, evenly over all: a copy without times is found at once, a
+        single file that was changed when it is read.
+        """
         known = pa.chunked_array([index["medium"] for index in self._indices], pa.string())
         absent = media.filter(pc.invert(pc.is_in(media, value_set=known)))
         if len(absent):
@@ -196,6 +201,13 @@ class FeatureCache:
                 f"{len(absent):,} of {len(media):,} media of the records are not in the feature cache {self.folder}, "
                 f"the first is the {' '.join(kind_and_name(absent[0].as_py()))}; add them: {MAKE}"
             )
+        for index in range(0, len(media), -(-len(media) // CHECKED) or 1):
+            try:
+                self.find(*kind_and_name(media[index].as_py()), root)
+            except StaleFeatures:
+                raise
+            except (OSError, ValueError):  # a bad medium, which may be skipped when it is read
+                continue
 
 
 ANOTHER = "choose another folder (data.feature_cache), or remove this one"

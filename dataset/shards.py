@@ -9,7 +9,7 @@ import re
 import tarfile
 from pathlib import Path
 
-LOCATION = re.compile(r"(.+\.tar)#(\d+)\+(\d+)", re.DOTALL)
+LOCATION = re.compile(r"(.+\.tar)#(\d+)\+(\d+)", re.DOTALL | re.ASCII)
 BUFFER = 1 << 16  # bytes that are read at once
 
 

@@ -36,21 +36,21 @@ def test_sound_images_have_the_digest_of_their_bytes(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason", "problem", "was_read"),
+    ("name", "reason", "problem"),
     [
-        ("absent.jpg", "image missing", "No such file", False),
-        ("cut.jpg", "image unreadable", "image file is truncated", True),
-        ("cut.png", "image unreadable", "truncated", True),
-        ("page.jpg", "image unreadable", "not an image in a format that Pillow reads", True),
-        ("empty.jpg", "image unreadable", "the file is empty", True),
-        ("folder.jpg", "image unreadable", "Is a directory", False),
-        ("a\0b.jpg", "image unreadable", "null", False),
-        ("x" * 300, "image unreadable", "name too long", False),
+        ("absent.jpg", "image missing", "No such file"),
+        ("cut.jpg", "image unreadable", "image file is truncated"),
+        ("cut.png", "image unreadable", "truncated"),
+        ("page.jpg", "image unreadable", "not an image in a format that Pillow reads"),
+        ("empty.jpg", "image unreadable", "the file is empty"),
+        ("folder.jpg", "image unreadable", "Is a directory"),
+        ("a\0b.jpg", "image unreadable", "null"),
+        ("x" * 300, "image unreadable", "name too long"),
     ],
 )
-def test_bad_images(folder, name, reason, problem, was_read):
+def test_bad_images(folder, name, reason, problem):
     checked = check_image(str(folder / name))
-    assert checked.digest is None and (checked.reason, checked.was_read) == (reason, was_read)
+    assert checked.digest is None and checked.reason == reason
     assert checked.problem.startswith(f"{folder}/{name}: ") and problem in checked.problem
 
 

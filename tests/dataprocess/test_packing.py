@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,12 +115,34 @@ def test_bytes_do_not_depend_on_workers_and_whole_shards_stay(data, monkeypatch)
 def test_shards_of_an_earlier_run_do_not_stay(data):
     process(config(data))
     many = set(tars(data))
-    (data / "out" / "shards" / "train-00077.tar.part").touch()
-    (data / "out" / "shards" / "mine.tar").touch()
+    (data / "out" / "shards" / "train-00001.tar.part").touch()  # what a killed run leaves
+    mine = {"mine.tar", "train-00077.tar"}
+    for name in mine:
+        (data / "out" / "shards" / name).touch()
     process(config(data, shard_mb=100))
-    assert set(tars(data)) == {"train-00000.tar", "validation-00000.tar", "mine.tar"} < many | {"mine.tar"}
+    assert set(tars(data)) == {"train-00000.tar", "validation-00000.tar", *mine} < many | mine
     process(config(data, shard_mb=None))
-    assert set(tars(data)) == {"mine.tar"}
+    assert set(tars(data)) == mine
+
+
+def test_shards_of_somebody_else_are_not_written_over(data):
+    (data / "out" / "shards").mkdir(parents=True)
+    (data / "out" / "shards" / "train-00000.tar").write_text("mine")
+    with pytest.raises(ValueError, match=r"train-00000.tar is there and was not written by process_image.py.*move"):
+        process(config(data))
+    assert (data / "out" / "shards" / "train-00000.tar").read_text() == "mine"
+
+
+def test_a_disk_without_room_is_told_beforehand(data, monkeypatch):
+    process(config(data))
+    before = tars(data), (data / "out" / "report.json").read_bytes()
+    (data / "in" / "6.png").write_bytes((data / "in" / "5.png").read_bytes() + b"more")
+    rows = json.loads((data / "rows.json").read_text())
+    (data / "rows.json").write_text(json.dumps([*rows, talk("<image>", "one more", images=["6.png"])]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match=r"out: the shards need 0 MiB, 0 are free; make room, set another output"):
+        process(config(data))
+    assert (tars(data), (data / "out" / "report.json").read_bytes()) == before
 
 
 def test_changed_contents_make_other_shards(data):

@@ -227,3 +227,27 @@ def test_coco_mini(tmp_path):
     for row, item in enumerate(published):
         turns = [turn["content"] for turn in ours[f"complex_reasoning_77k:{row}"]["messages"]]
         assert turns == [turn["value"] for turn in item["conversations"]]
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "validation.parquet", "report.json", "dropped.jsonl"])
+def test_files_of_somebody_else_are_not_written_over(data, name):
+    (data / "out").mkdir()
+    if name == "report.json":  # what runs of a time before journals left: theirs may be replaced
+        (data / "out" / name).write_text("{}")
+        process(config(data, on_error="skip"))
+        assert json.loads((data / "out" / name).read_text())["records"]
+        return
+    (data / "out" / name).write_text("mine")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{name} is there and was not written by process_image.py"):
+            process(config(data, on_error="skip"))
+    assert (data / "out" / name).read_text() == "mine"
+
+
+def test_a_source_in_the_output_folder_under_a_name_of_the_output(data):
+    process(config(data, on_error="skip"))
+    source = {"format": "messages", "annotations": f"{data}/out/train.parquet", "images": str(data), "name": "again"}
+    before = (data / "out" / "train.parquet").read_bytes()
+    with pytest.raises(ValueError, match=r"source 'again' reads .*/out/train.parquet, which a run replaces"):
+        process(config(data, on_error="skip", sources=[source]))
+    assert (data / "out" / "train.parquet").read_bytes() == before

@@ -126,6 +126,8 @@ def test_names_that_climb_out_of_the_folder(read):
     rows = [talk("<image>", "A", image=name) for name in ("door/x.jpg", "../x.jpg")]
     trusted = read("llava", rows, follow_links=True)
     assert trusted[0]["images"] == [f"{read.images}/door/x.jpg"] and trusted[1].reason == "path"
+    (fault,) = read("llava", [talk("<image>", "A", image="a.tar#1+2")])
+    assert "'a.tar#1+2' means a place in a tar file here; rename the file" in str(fault)
     (fault,) = read("llava", [talk("<image>", "A", image=".")])
     assert "'.' names no file" in str(fault)
 

@@ -82,10 +82,11 @@ def test_the_journal_changes_no_result(data):
     assert {name: (data / "fresh" / name).read_bytes() for name in repeated} == repeated
 
 
-def test_faulty_files_stay_known_and_missing_ones_are_looked_for_again(data, decoded):
+def test_faulty_and_missing_files_are_looked_at_again(data, decoded):
+    """What was wrong may have been the machine's: its memory, its disk, a decoder that it lacked."""
     (data / "images" / "0.png").write_bytes(b"no image")
     (data / "images" / "1.png").unlink()
-    for expected in (["0.png", "1.png", "2.png", "3.png"], ["1.png"]):
+    for expected in (["0.png", "1.png", "2.png", "3.png"], ["0.png", "1.png"]):
         decoded.clear()
         with pytest.raises(ValueError, match="'a:0': .*0.png: not an image"):
             process(config(data, "a.json"))

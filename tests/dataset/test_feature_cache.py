@@ -162,9 +162,14 @@ def test_missing_media_of_records_are_counted(tmp_path, root):
     with FeatureWriter(tmp_path / "f", KEY, SHAPE, torch.float32) as writer:
         writer.add([entry(root, "a"), entry(root, "b")], vision(2, 0))
     cache = FeatureCache(tmp_path / "f", KEY)
-    cache.check(media_ids(table.slice(0, 1)))
+    cache.check(media_ids(table.slice(0, 1)), root)
     with pytest.raises(StaleFeatures, match="1 of 3 media of the records are not in .* first is the video c; add them"):
-        cache.check(media)
+        cache.check(media, root)
+    os.utime(root / "b", ns=(1, 1))
+    with pytest.raises(StaleFeatures, match="b has changed since its features were computed"):
+        cache.check(media_ids(table.slice(0, 1)), root)
+    (root / "b").unlink()  # a bad medium, with which on_bad_image deals
+    cache.check(media_ids(table.slice(0, 1)), root)
 
 
 @pytest.mark.parametrize(
