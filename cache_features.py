@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from build import autocast_dtype, build_views
 from config import Config, ConfigError, load_config
-from dataset.feature_cache import FeatureCache, FileState, file_state, kind_and_name, media_ids
+from dataset.feature_cache import FeatureCache, FileState, digest_of_ends, file_state, kind_and_name, media_ids
 from dataset.feature_key import feature_key
 from dataset.feature_writer import FeatureWriter, NewEntry
 from dataset.record import read_records
@@ -41,6 +41,7 @@ class Job(NamedTuple):
 
     medium: str  # its `medium_id`
     state: FileState
+    ends: int  # see `digest_of_ends`
     views: int  # as its header promises; 0 where that can't be read
 
 
@@ -103,7 +104,8 @@ def print_result(filled: Filled) -> None:
         rate = filled.encoded / filled.seconds
         print(f"{filled.encoded:,} encoded in {filled.seconds:,.1f} s, {rate:,.1f} per second")
     if bad := filled.unreadable:
-        print(f"{len(bad):,} can't be read, and training leaves out their records: {', '.join(bad[:5])}, ...")
+        more = ", ..." if len(bad) > 5 else ""
+        print(f"{len(bad):,} can't be read, and training leaves out their records: {', '.join(bad[:5])}{more}")
     print(f"{filled.cache.folder} is complete")
 
 
@@ -151,13 +153,13 @@ def find_jobs(known: FeatureCache, wanted: list[str], media: Media, root: str) -
     jobs = []
     for medium in tqdm(wanted, desc="Looking at files", unit=" media", disable=None, leave=False):
         kind, name = kind_and_name(medium)
-        entry, state = known.lookup(medium), file_state(root, name)
-        if entry is not None and entry.state == state and entry.problem is None:
+        entry, state, ends = known.lookup(medium), file_state(root, name), digest_of_ends(root, name)
+        if entry is not None and (entry.state, entry.ends) == (state, ends) and entry.problem is None:
             continue
         try:
-            jobs.append(Job(medium, state, len(count[kind](open_medium(root, name)))))
+            jobs.append(Job(medium, state, ends, len(count[kind](open_medium(root, name)))))
         except (OSError, ValueError):  # as opening it will say
-            jobs.append(Job(medium, state, 0))
+            jobs.append(Job(medium, state, ends, 0))
     return jobs
 
 
@@ -202,14 +204,14 @@ def run(files: MediaFiles, encode: Encode, writer: FeatureWriter, known: Feature
             entries = []
             for job, _, problem in batch:
                 if problem is None:
-                    entries.append(NewEntry(job.medium, job.state, job.views))
+                    entries.append(NewEntry(job.medium, job.state, job.ends, job.views))
                     continue
                 if config.data.on_bad_image == "error":
                     raise ValueError(f"{problem} (data.on_bad_image=skip leaves out the records that have it)")
                 bad.append(job.medium)
                 entry = known.lookup(job.medium)
                 if entry is None or (entry.state, entry.problem) != (job.state, problem):
-                    entries.append(NewEntry(job.medium, job.state, 0, problem))
+                    entries.append(NewEntry(job.medium, job.state, job.ends, 0, problem))
             pixels = [loaded.pixel_values for loaded in batch if loaded.pixel_values is not None]
             if entries:
                 writer.add(entries, encode(torch.cat(pixels)) if pixels else torch.zeros(0, *known.shape))

@@ -103,7 +103,8 @@ def train(config: Config) -> VLMTrainer:
     with stopping_on_sigterm(trainer):
         run(trainer, checkpoint)
     if skipped := trainer.train_dataset.skipped:
-        print(f"{len(skipped)} records were left out, for reasons given above: {', '.join(skipped[:10])} ...")
+        more = ", ..." if len(skipped) > 10 else ""
+        print(f"{len(skipped)} records were left out, for reasons given above: {', '.join(skipped[:10])}{more}")
     return trainer
 
 

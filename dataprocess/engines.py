@@ -72,9 +72,28 @@ def local_engine(workers: int) -> Iterator[Apply]:
 
     try:
         yield apply
-    finally:
+    except BaseException:
         if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
+            _end_pool(pool)
+        raise
+    if pool is not None:
+        pool.shutdown()
+
+
+def _end_pool(pool: ProcessPoolExecutor) -> None:
+    """Ends the workers at once, whatever they are at: after Ctrl-C nobody waits for images to be decoded in vain.
+
+    A second Ctrl-C meanwhile would leave workers behind that this process then waits for without end.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        pool.shutdown(cancel_futures=True)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _start_pool(workers: int) -> ProcessPoolExecutor:

@@ -32,7 +32,7 @@ from dataprocess.journal import Journal
 from dataprocess.output import RecordFile, prefix_of, with_locations, with_relative_paths
 from dataprocess.readers import source_rows
 from dataprocess.report import Drops, table
-from dataprocess.shards import FOLDER, Shard, ShardPlan, remove_others, write_shard
+from dataprocess.shards import FOLDER, NAME, Shard, ShardPlan, remove_others, write_shard
 from dataprocess.split import Links, last_rank, rank
 from dataprocess.staging import Rows, Staging, read_block
 
@@ -92,29 +92,47 @@ def process(config: Config) -> dict:
             plan_shards(staging, journal, division, plan)
             check_space(config, journal, plan)
             clear(config, journal)  # records of an earlier run point into shards that are about to change
-        pack(config, apply, journal, plan)
-        return write(config, journal, staging, drops, division, root, plan, work)
+        shards = pack(config, apply, journal, plan)
+        return write(config, journal, staging, drops, division, root, plan, shards, work)
 
 
 def refuse_foreign(config: Config, journal: Journal) -> None:
-    """Raises ValueError if this run would write over what it reads, or over what no earlier run has written."""
+    """Raises ValueError if this run would write over what it reads, or over what no earlier run has written.
+
+    What runs have written the journal notes by its name in the output folder, and of shards the report says it, too:
+    the folder may have been moved, and its journal deleted.
+    """
     folder = Path(config.output)
-    ours = (folder / "report.json").exists()  # of a time before journals
-    for path in (folder / name for name in OUTPUTS):
+    report = read_report(folder / "report.json")
+    for name in report.get("shards", []):
+        if journal.note(name) is None:
+            journal.set_note(name, "reported")
+    shards = (f"{FOLDER}/{path.name}" for path in folder.glob(f"{FOLDER}/*.tar") if NAME.fullmatch(path.name))
+    for name in (*OUTPUTS, *(shards if config.shard_mb else ())):
+        path = folder / name
         if not path.exists():
             continue
         for source in config.sources:
             if any(file and path.samefile(file) for file in (source.annotations, source.image_map)):
                 raise ValueError(f"source {source.name!r} reads {path}, which a run replaces; set another output")
-        if not ours and journal.note(str(path)) is None:
+        if journal.note(name) is None and not (report and name in OUTPUTS):
             problem = f"{path} is there and was not written by process_image.py, or the journal of that run is gone"
             raise ValueError(f"{problem}; move it, or set another output")
+
+
+def read_report(path: Path) -> dict:
+    """The report of an earlier run; empty where there is none, or a file of somebody else."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) and {"image_root", "records", "sources"} <= report.keys() else {}
 
 
 def check_space(config: Config, journal: Journal, plan: ShardPlan) -> None:
     """Raises OSError if the disk has no room for the shards."""
     folder = Path(config.output, FOLDER)
-    known = (path.stat().st_size for path in folder.glob("*.tar") if journal.note(str(path)) is not None)
+    known = (path.stat().st_size for path in folder.glob("*.tar") if journal.note(f"{FOLDER}/{path.name}") is not None)
     needed, free = plan.size() - sum(known), shutil.disk_usage(config.output).free
     if needed > free:
         sizes = f"{needed >> 20:,} MiB, {free >> 20:,} are free"
@@ -236,8 +254,11 @@ def divide(config: Config, journal: Journal, staging: Staging, drops: Drops) -> 
     return Division(kept, kept & (groups <= last), media)
 
 
-def pack(config: Config, apply: Apply, journal: Journal, plan: ShardPlan | None) -> None:
-    """Images and videos go into tar files as planned; those that are there already are left as they are."""
+def pack(config: Config, apply: Apply, journal: Journal, plan: ShardPlan | None) -> list[str]:
+    """Images and videos go into tar files as planned; those that are there already are left as they are.
+
+    Returns their names in the output folder.
+    """
     folder = Path(config.output, FOLDER)
     names = set()
     if plan:
@@ -245,11 +266,12 @@ def pack(config: Config, apply: Apply, journal: Journal, plan: ShardPlan | None)
         progress = tqdm(total=plan.size(), desc="Packing", unit="B", unit_scale=True, disable=None)
         shards, sent = tee(missing_shards(config, journal, plan, folder, names, progress))
         for shard, written in zip(shards, apply(write_shard, sent), strict=True):
-            journal.set_note(shard.path, note_of(shard, *written))
+            journal.set_note(f"{FOLDER}/{Path(shard.path).name}", note_of(shard, *written))
             journal.commit()
             progress.update(sum(member.size for member in shard.members))
         progress.close()
     remove_others(folder, names, journal)
+    return sorted(f"{FOLDER}/{name}" for name in names)
 
 
 def plan_shards(staging: Staging, journal: Journal, division: Division, plan: ShardPlan) -> None:
@@ -275,13 +297,11 @@ def missing_shards(
             path = Path(shard.path)
             names.add(path.name)
             status = path.stat() if path.is_file() else None
-            if status and journal.note(shard.path) is None:
-                problem = f"{path} is there and was not written by process_image.py"
-                raise ValueError(f"{problem}, or its journal is gone; move {folder}, or choose another output")
-            if status and journal.note(shard.path) == note_of(shard, status.st_size, status.st_mtime_ns):
+            name = f"{FOLDER}/{path.name}"
+            if status and journal.note(name) == note_of(shard, status.st_size, status.st_mtime_ns):
                 progress.update(sum(member.size for member in shard.members))
             else:
-                journal.set_note(shard.path, "begun")  # from here on the file is known to be ours
+                journal.set_note(name, "begun")  # from here on the file is known to be ours
                 journal.commit()
                 yield shard
 
@@ -292,10 +312,10 @@ def note_of(shard: Shard, size: int, modified: int) -> str:
 
 def clear(config: Config, journal: Journal) -> None:
     """Removes what an earlier run left. `report.json` goes first and comes last: it stands beside whole sets only."""
-    for path in (Path(config.output, name) for name in OUTPUTS):
-        journal.set_note(str(path), "ours")
+    for name in OUTPUTS:
+        journal.set_note(name, "ours")
         journal.commit()
-        path.unlink(missing_ok=True)
+        Path(config.output, name).unlink(missing_ok=True)
 
 
 def write(
@@ -306,6 +326,7 @@ def write(
     division: Division,
     root: str,
     plan: ShardPlan | None,
+    shards: list[str],
     work: Path,
 ) -> dict:
     """Writes the files of records and, when they are whole, the report."""
@@ -329,6 +350,7 @@ def write(
         "records": {split: file.records for split, file in files.items()},
         **division.media,
         "sources": {name: tally.as_dict() for name, tally in drops.tallies.items()},
+        **({"shards": shards} if shards else {}),
     }
     for file in files.values():
         file.close()

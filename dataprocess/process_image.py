@@ -6,7 +6,7 @@
     python -m dataprocess.process_image --config dataprocess/config.yaml --engine ray
     python dataprocess/process_image.py --config dataprocess/config.yaml       the same as the first
 
-Run it in the repository's root folder; `dataprocess/config.py` explains the keys. It writes `train.parquet`,
+`dataprocess/config.py` explains the keys. It writes `train.parquet`,
 `validation.parquet` and, last of all, `report.json`. The same files and the same seed give the same bytes. What was
 interrupted goes on with the same command: `.work/` in the output folder knows the images and videos that were checked.
 """
@@ -16,6 +16,8 @@ import sys
 
 # Started as a file it would look for packages in its own folder; started again as a module it finds those beside it.
 if __name__ == "__main__" and not __package__:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     os.execv(sys.executable, [sys.executable, "-m", "dataprocess.process_image", *sys.argv[1:]])
 
 import argparse

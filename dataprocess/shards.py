@@ -87,7 +87,7 @@ def remove_others(folder: Path, names: set[str], journal: Journal) -> None:
     """Removes shards that an earlier run has written, whole or not, and that are not among `names`."""
     for path in folder.glob("*.tar*"):
         shard = path.name.removesuffix(".part")
-        if path.name not in names and NAME.fullmatch(shard) and journal.note(str(folder / shard)) is not None:
+        if path.name not in names and NAME.fullmatch(shard) and journal.note(f"{FOLDER}/{shard}") is not None:
             path.unlink()
 
 

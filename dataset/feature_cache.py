@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from dataset.feature_key import key_differences
-from dataset.shards import LOCATION
+from dataset.shards import LOCATION, open_medium
 
 FORMAT = 1
+ENDS = 1 << 14  # bytes at either end of a medium by which it is told from another
 CHECKED = 10_000  # files that are looked at beforehand
 KEY_FILE = "key.json"
 INDEX = pa.schema({
@@ -34,6 +35,7 @@ INDEX = pa.schema({
     "medium": pa.string(),  # kind:name, with the name as records have it
     "size": pa.int64(),  # bytes of its file, or of the shard that it lies in; -1: there was none
     "mtime_ns": pa.int64(),  # when that file was last changed
+    "ends": pa.uint64(),  # digest of its first and last bytes: another file may have equal name, size and time
     "first": pa.int64(),  # number of its first view in the part
     "views": pa.int32(),
     "problem": pa.string(),  # why it can't be read; such a medium has no views
@@ -59,6 +61,7 @@ class Entry(NamedTuple):
     first: int
     views: int
     state: FileState
+    ends: int
     problem: str | None
 
 
@@ -91,6 +94,18 @@ def file_state(root: str | os.PathLike, name: str) -> FileState:
     except (FileNotFoundError, NotADirectoryError):
         return FileState(-1, -1)
     return FileState(stat.st_size, stat.st_mtime_ns)
+
+
+def digest_of_ends(root: str | os.PathLike, name: str) -> int:
+    """Of the first and the last `ENDS` bytes of a medium; 0 for a file that can't be read."""
+    try:
+        medium = open_medium(root, name)
+        with open(medium, "rb") if isinstance(medium, Path) else medium as file:
+            first = file.read(ENDS)
+            file.seek(max(file.seek(0, os.SEEK_END) - ENDS, 0))
+            return digest_64(first + file.read(ENDS))
+    except (OSError, ValueError):
+        return 0
 
 
 class FeatureCache:
@@ -148,7 +163,7 @@ class FeatureCache:
             row = self._indices[part].slice(int(self._order[place] - self._starts[part]), 1).to_pylist()[0]
             if row["medium"] == medium:
                 state = FileState(row["size"], row["mtime_ns"])
-                return Entry(part, row["first"], row["views"], state, row["problem"])
+                return Entry(part, row["first"], row["views"], state, row["ends"], row["problem"])
             place -= 1
         return None
 
@@ -202,12 +217,16 @@ class FeatureCache:
                 f"the first is the {' '.join(kind_and_name(absent[0].as_py()))}; add them: {MAKE}"
             )
         for index in range(0, len(media), -(-len(media) // CHECKED) or 1):
+            kind, name = kind_and_name(media[index].as_py())
             try:
-                self.find(*kind_and_name(media[index].as_py()), root)
+                is_same = self.find(kind, name, root).ends == digest_of_ends(root, name)
             except StaleFeatures:
                 raise
             except (OSError, ValueError):  # a bad medium, which may be skipped when it is read
                 continue
+            if not is_same:
+                raise StaleFeatures(f"{os.path.join(root, name)} is another file than the one in the feature cache "
+                                    f"{self.folder}; compute its features: {MAKE}")  # fmt: skip
 
 
 ANOTHER = "choose another folder (data.feature_cache), or remove this one"
@@ -218,7 +237,11 @@ def features_file(index: Path) -> Path:
 
 
 def medium_hash(medium: str) -> int:
-    return int.from_bytes(hashlib.blake2b(medium.encode(), digest_size=8).digest(), "little")
+    return digest_64(medium.encode())
+
+
+def digest_64(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def read_key(folder: Path, key: Mapping[str, Any]) -> tuple[tuple[int, int], torch.dtype]:

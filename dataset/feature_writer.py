@@ -26,6 +26,7 @@ class NewEntry(NamedTuple):
 
     medium: str
     state: FileState
+    ends: int
     views: int
     problem: str | None = None
 
@@ -114,6 +115,7 @@ class FeatureWriter:
                 "medium": [entry.medium for entry in entries],
                 "size": [entry.state.size for entry in entries],
                 "mtime_ns": [entry.state.mtime_ns for entry in entries],
+                "ends": np.array([entry.ends for entry in entries], np.uint64),
                 "first": ends[:-1],
                 "views": [entry.views for entry in entries],
                 "problem": [entry.problem for entry in entries],

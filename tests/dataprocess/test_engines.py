@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import time
 
@@ -66,3 +67,11 @@ def test_what_a_function_raises_comes_through(workers):
 def test_a_worker_that_was_killed():
     with pytest.raises(WorkerDied, match="killed for its memory.*`workers`"), local_engine(2) as apply:
         list(apply(die, range(100)))
+
+
+def test_an_error_ends_workers_in_the_middle_of_their_work():
+    begin = time.monotonic()
+    with pytest.raises(KeyError), local_engine(2) as apply:
+        for _ in apply(time.sleep, [0, *[300] * 20]):
+            raise KeyError
+    assert time.monotonic() - begin < 100 and not multiprocessing.active_children()

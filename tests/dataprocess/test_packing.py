@@ -116,21 +116,40 @@ def test_shards_of_an_earlier_run_do_not_stay(data):
     process(config(data))
     many = set(tars(data))
     (data / "out" / "shards" / "train-00001.tar.part").touch()  # what a killed run leaves
-    mine = {"mine.tar", "train-00077.tar"}
-    for name in mine:
-        (data / "out" / "shards" / name).touch()
+    (data / "out" / "shards" / "mine.tar").touch()
     process(config(data, shard_mb=100))
-    assert set(tars(data)) == {"train-00000.tar", "validation-00000.tar", *mine} < many | mine
+    assert set(tars(data)) == {"train-00000.tar", "validation-00000.tar", "mine.tar"} < many | {"mine.tar"}
+    (data / "out" / "shards" / "train-00077.tar").touch()
     process(config(data, shard_mb=None))
-    assert set(tars(data)) == mine
+    assert set(tars(data)) == {"mine.tar", "train-00077.tar"}
 
 
 def test_shards_of_somebody_else_are_not_written_over(data):
     (data / "out" / "shards").mkdir(parents=True)
     (data / "out" / "shards" / "train-00000.tar").write_text("mine")
+    process(config(data, shard_mb=None))
+    before = (data / "out" / "train.parquet").read_bytes()
     with pytest.raises(ValueError, match=r"train-00000.tar is there and was not written by process_image.py.*move"):
         process(config(data))
     assert (data / "out" / "shards" / "train-00000.tar").read_text() == "mine"
+    assert (data / "out" / "train.parquet").read_bytes() == before and (data / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("change", ["move", "journal", "relative"])
+def test_shards_of_a_moved_folder_are_known(data, change, monkeypatch):
+    process(config(data))
+    before, output = tars(data), data / "out"
+    if change == "move":
+        output = output.rename(data / "elsewhere")
+    if change == "journal":
+        shutil.rmtree(output / ".work")
+    if change == "relative":
+        monkeypatch.chdir(data)
+        output = Path("out")
+    process(config(data, output=str(output)))
+    assert {path.name: path.read_bytes() for path in (output / "shards").iterdir()} == before
+    process(config(data, output=str(output), shard_mb=100))
+    assert {path.name for path in (output / "shards").iterdir()} == {"train-00000.tar", "validation-00000.tar"}
 
 
 def test_a_disk_without_room_is_told_beforehand(data, monkeypatch):

@@ -232,16 +232,18 @@ def test_coco_mini(tmp_path):
 @pytest.mark.parametrize("name", ["train.parquet", "validation.parquet", "report.json", "dropped.jsonl"])
 def test_files_of_somebody_else_are_not_written_over(data, name):
     (data / "out").mkdir()
-    if name == "report.json":  # what runs of a time before journals left: theirs may be replaced
-        (data / "out" / name).write_text("{}")
-        process(config(data, on_error="skip"))
-        assert json.loads((data / "out" / name).read_text())["records"]
-        return
     (data / "out" / name).write_text("mine")
     for _ in range(2):
         with pytest.raises(ValueError, match=f"{name} is there and was not written by process_image.py"):
             process(config(data, on_error="skip"))
     assert (data / "out" / name).read_text() == "mine"
+
+
+def test_a_set_without_a_journal_is_replaced(data):
+    process(config(data, on_error="skip"))
+    shutil.rmtree(data / "out" / ".work")
+    process(config(data, on_error="skip", validation=0))
+    assert not (data / "out" / "validation.parquet").exists()
 
 
 def test_a_source_in_the_output_folder_under_a_name_of_the_output(data):

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from dataset import feature_cache, feature_writer
-from dataset.feature_cache import FeatureCache, FileState, StaleFeatures, file_state, media_ids
+from dataset.feature_cache import FeatureCache, FileState, StaleFeatures, digest_of_ends, file_state, media_ids
 from dataset.feature_key import feature_key, weight_digest
 from dataset.feature_writer import FeatureWriter, NewEntry
 from dataset.record import to_table
@@ -45,7 +45,8 @@ def root(tmp_path) -> Path:
 
 
 def entry(root: Path, name: str, views: int = 1, kind: str = "image", problem: str | None = None) -> NewEntry:
-    return NewEntry(f"{kind}:{name}", file_state(root, name), 0 if problem else views, problem)
+    ends = digest_of_ends(root, name)
+    return NewEntry(f"{kind}:{name}", file_state(root, name), ends, 0 if problem else views, problem)
 
 
 def write(folder: Path, root: Path, *media: tuple[str, int, float], dtype=torch.float32) -> None:
@@ -168,7 +169,13 @@ def test_missing_media_of_records_are_counted(tmp_path, root):
     os.utime(root / "b", ns=(1, 1))
     with pytest.raises(StaleFeatures, match="b has changed since its features were computed"):
         cache.check(media_ids(table.slice(0, 1)), root)
-    (root / "b").unlink()  # a bad medium, with which on_bad_image deals
+    state = (root / "a").stat()
+    (root / "a").write_bytes(bytes(state.st_size))
+    os.utime(root / "a", ns=(1, state.st_mtime_ns))
+    with pytest.raises(StaleFeatures, match="a is another file than the one in the feature cache"):
+        cache.check(media_ids(table.slice(0, 1)), root)
+    for name in "ab":
+        (root / name).unlink()  # bad media, with which on_bad_image deals
     cache.check(media_ids(table.slice(0, 1)), root)
 
 
