@@ -1,15 +1,13 @@
 """Batches of checked records -> train.parquet and validation.parquet, with paths that are relative."""
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dataprocess.check import KINDS
 from dataprocess.shards import ShardPlan
-from dataset.record import BLOCK, SCHEMA, WEIGHTS_KEY
+from dataset.record import BLOCK, SCHEMA, parquet_writer
 
 
 class RecordFile:
@@ -20,8 +18,7 @@ class RecordFile:
 
     def __init__(self, path: Path, weights: dict[str, float]):
         self.path, self.records = path, 0
-        schema = SCHEMA.with_metadata({WEIGHTS_KEY: json.dumps(weights, sort_keys=True)}) if weights else SCHEMA
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._writer = parquet_writer(path, weights)
         self._waiting: list[pa.RecordBatch] = []
         self._rows = 0
 

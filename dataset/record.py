@@ -311,6 +311,12 @@ def _batches(records: Iterable[dict]) -> Iterator[pa.RecordBatch]:
             raise RecordError.of(repeated[0]["values"].as_py(), "id", "two records have this id; rename or drop one")
 
 
+def parquet_writer(path: str | Path, weights: dict[str, float] | None = None) -> pq.ParquetWriter:
+    """Writes batches of `SCHEMA`, of `BLOCK` rows each but the last; `weights` as in `write_records`."""
+    schema = SCHEMA.with_metadata({WEIGHTS_KEY: json.dumps(weights, sort_keys=True)}) if weights else SCHEMA
+    return pq.ParquetWriter(path, schema, compression="zstd")
+
+
 def write_records(records: Iterable[dict], path: str | Path, weights: dict[str, float] | None = None) -> int:
     """Writes records to a Parquet file and returns their number. Equal records give equal bytes.
 
@@ -327,8 +333,7 @@ def write_records(records: Iterable[dict], path: str | Path, weights: dict[str, 
     count = 0
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         temporary = Path(folder, path.name)
-        schema = SCHEMA.with_metadata({WEIGHTS_KEY: json.dumps(weights, sort_keys=True)}) if weights else SCHEMA
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        with parquet_writer(temporary, weights) as writer:
             for batch in _batches(records):
                 writer.write_batch(batch)
                 count += batch.num_rows
