@@ -28,7 +28,7 @@ from dataset.feature_cache import StaleFeatures
 from dataset.rows import RecordError
 from dataset.sampler import ONE_BLOCK
 from model.optim import parameter_groups
-from model.table import module_table
+from model.table import module_table, text_table
 from run_folder import RunError, resume_point
 from training import VLMTrainer, learning_rates, training_arguments
 
@@ -98,6 +98,10 @@ def train(config: Config) -> VLMTrainer:
         if len(mixture or data[0]) > ONE_BLOCK:
             print(f"{len(data[0]):,} training records: they are encoded, and those that can't be learned from are "
                   "found, as the run comes to them; `python preview.py --config ...` checks all of them beforehand")
+        if mixture:
+            rows = [(name, f"{size:,}", f"{mixture.counts[name]:,}", f"{mixture.counts[name] / size:.2f}")
+                    for name, size in mixture.sizes.items()]  # fmt: skip
+            print(text_table([("source", "records", "samples per epoch", "passes"), *rows], right=(1, 2, 3)))
         start = f"Starting a new run in {config.train.output_dir}"
         print(f"Continuing from {checkpoint}" if checkpoint else start, flush=True)
     with stopping_on_sigterm(trainer):

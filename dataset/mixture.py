@@ -62,6 +62,7 @@ class Mixture:
 
     Attributes:
         counts: {source: samples per epoch}.
+        sizes: {source: records}, of those that are drawn.
 
     Raises:
         ValueError: `epoch` names no source that is drawn, or a share is less than one sample per epoch.
@@ -77,7 +78,7 @@ class Mixture:
     ):
         self.seed = seed
         self._samples = {name: np.flatnonzero(numbers == number) for number, name in enumerate(names) if shares[name]}
-        drawn = {name: len(samples) for name, samples in self._samples.items()}
+        self.sizes = drawn = {name: len(samples) for name, samples in self._samples.items()}
         if epoch == TOTAL:
             length = sum(drawn.values())
             self.counts = _apportion({name: shares[name] for name in drawn}, length)

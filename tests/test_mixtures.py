@@ -62,9 +62,11 @@ def test_shares_are_logged_and_a_resumed_run_draws_the_same(tiny, mixed, blocks,
             assert all(torch.equal(one[key], other[key]) for key in other)
 
 
-def test_epochs_of_a_named_source(tiny, mixed, tmp_path):
+def test_epochs_of_a_named_source(tiny, mixed, tmp_path, capsys):
     options = (f"data.train={mixed}", "validation=null", WEIGHTS, "data.epoch=twice", "per_device_train_batch_size=4")
     trainer = train(tiny.config(tmp_path, *options, "max_steps=-1", "num_train_epochs=1"))
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["twice", "11", "11", "1.00"] in table and ["text", "5", "22", "4.40"] in table
     assert trainer.state.global_step == 44 / 4  # 11 samples of `twice` are a quarter of them
     assert dict(zip(trainer.sources, trainer.drawn.tolist(), strict=True)) == {"colours": 11, "twice": 11, "text": 22}
 
