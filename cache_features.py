@@ -135,9 +135,8 @@ class MediaFiles(Dataset):
     def __getitem__(self, index: int) -> Loaded:
         job = self.jobs[index]
         kind, name = kind_and_name(job.medium)
-        load = {"image": self.media.load_image, "video": self.media.load_video}
         try:
-            pixel_values = load[kind](open_medium(self.root, name)).pixel_values
+            pixel_values = self.media.load(kind, open_medium(self.root, name)).pixel_values
         except (OSError, ValueError) as error:
             return Loaded(job, None, str(error))
         if len(pixel_values) != job.views:
@@ -149,7 +148,6 @@ def find_jobs(known: FeatureCache, wanted: list[str], media: Media, root: str) -
     """Media that the cache lacks, whose files were changed, or that could not be read before."""
     if any(medium.startswith("video:") for medium in wanted):
         _ = media.frame_features  # what it raises is no fault of a file
-    count = {"image": media.image_features, "video": media.video_features}
     jobs = []
     for medium in tqdm(wanted, desc="Looking at files", unit=" media", disable=None, leave=False):
         kind, name = kind_and_name(medium)
@@ -157,7 +155,7 @@ def find_jobs(known: FeatureCache, wanted: list[str], media: Media, root: str) -
         if entry is not None and (entry.state, entry.ends) == (state, ends) and entry.problem is None:
             continue
         try:
-            jobs.append(Job(medium, state, ends, len(count[kind](open_medium(root, name)))))
+            jobs.append(Job(medium, state, ends, len(media.features(kind, open_medium(root, name)))))
         except (OSError, ValueError):  # as opening it will say
             jobs.append(Job(medium, state, ends, 0))
     return jobs

@@ -27,7 +27,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -38,7 +37,6 @@ from dataset.shards import open_medium
 from dataset.template import encode_prompt, media_of
 from inference import GREEDY, add_model_arguments, load_model
 from model import MultiModalModel
-from visual.media import Views
 
 CONDITIONS = ("real", "blind", "shuffled", "reordered")
 FEATURE_BYTES = 2**30  # features held at a time; more media than fit are worked off in chunks
@@ -177,17 +175,13 @@ def encode(model: MultiModalModel, media: list[tuple[str, str]], root: str | Pat
     features = {}
     for start in range(0, len(media), ENCODE_BATCH):
         part = media[start : start + ENCODE_BATCH]
-        views = [load_views(model, kind, open_medium(root, path)) for kind, path in part]
+        views = [model.media.load(kind, open_medium(root, path)) for kind, path in part]
         counts = [count for one in views for count in one.features]
         pixel_values = torch.cat([one.pixel_values for one in views])
         encoded = iter(model.encode_images(pixel_values.to(model.device), counts).split(counts))
         for medium, one in zip(part, views, strict=True):
             features[medium] = list(islice(encoded, len(one.features)))
     return features
-
-
-def load_views(model: MultiModalModel, kind: str, file: Path | BinaryIO) -> Views:
-    return model.media.load_image(file) if kind == "image" else model.media.load_video(file)
 
 
 def features_of(q: dict, condition: str, features: dict, substitute: dict, seed: int) -> list[torch.Tensor]:

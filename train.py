@@ -73,9 +73,9 @@ def train(config: Config) -> VLMTrainer:
             data = [load_dataset(config, names, model) for names in files if names]
         mixture = load_mixture(config, data[0].records)
         # This encodes every record, and so finds those that can't be learned from. Of a long epoch the blocks do it.
-        drawn = mixture.samples if mixture else range(len(data[0]))
-        if len(mixture or data[0]) <= ONE_BLOCK:
-            data[0].lengths.measure(drawn)
+        is_long = len(mixture or data[0]) > ONE_BLOCK
+        if not is_long:
+            data[0].lengths.measure(mixture.samples if mixture else None)
         for dataset in data[1:]:
             dataset.lengths.measure()
     # Weights that are not there, incomplete or for another model; data that is not there or no records.
@@ -95,7 +95,7 @@ def train(config: Config) -> VLMTrainer:
         print(module_table(model, parameter_groups(model, learning_rates(config), config.train.weight_decay)))
         if config.train.fp16 and not torch.cuda.is_available():
             print("train.fp16: float16 needs a GPU, and there is none here; this run computes in float32")
-        if len(mixture or data[0]) > ONE_BLOCK:
+        if is_long:
             print(f"{len(data[0]):,} training records: they are encoded, and those that can't be learned from are "
                   "found, as the run comes to them; `python preview.py --config ...` checks all of them beforehand")
         if mixture:

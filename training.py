@@ -97,7 +97,7 @@ class VLMTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(grad_norm):
-            names = [repr(self.train_dataset.records.table["id"][index].as_py()) for index in self.step_samples]
+            names = [repr(self.train_dataset.records.id_at(index)) for index in self.step_samples]
             more = f" and {len(names) - NAMED_RECORDS} more" if len(names) > NAMED_RECORDS else ""
             raise FloatingPointError(
                 f"the gradient of step {self.state.global_step + 1} is not finite (norm {float(grad_norm)}, loss "

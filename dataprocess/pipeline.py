@@ -25,14 +25,14 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from dataprocess.check import KINDS, Medium, check_media
+from dataprocess.check import KINDS, Finding, Medium, check_media
 from dataprocess.config import Config
 from dataprocess.engines import Apply, open_engine
 from dataprocess.journal import Journal
 from dataprocess.output import RecordFile, prefix_of, with_locations, with_relative_paths
 from dataprocess.readers import source_rows
 from dataprocess.report import Drops, table
-from dataprocess.shards import FOLDER, NAME, Shard, ShardPlan, remove_others, write_shard
+from dataprocess.shards import FOLDER, Shard, ShardPlan, remove_others, shards_in, write_shard
 from dataprocess.split import Links, last_rank, rank
 from dataprocess.staging import Rows, Staging, read_block
 
@@ -107,8 +107,7 @@ def refuse_foreign(config: Config, journal: Journal) -> None:
     for name in report.get("shards", []):
         if journal.note(name) is None:
             journal.set_note(name, "reported")
-    shards = (f"{FOLDER}/{path.name}" for path in folder.glob(f"{FOLDER}/*.tar") if NAME.fullmatch(path.name))
-    for name in (*OUTPUTS, *(shards if config.shard_mb else ())):
+    for name in (*OUTPUTS, *(shards_in(folder) if config.shard_mb else ())):
         path = folder / name
         if not path.exists():
             continue
@@ -131,8 +130,8 @@ def read_report(path: Path) -> dict:
 
 def check_space(config: Config, journal: Journal, plan: ShardPlan) -> None:
     """Raises OSError if the disk has no room for the shards."""
-    folder = Path(config.output, FOLDER)
-    known = (path.stat().st_size for path in folder.glob("*.tar") if journal.note(f"{FOLDER}/{path.name}") is not None)
+    folder = Path(config.output)
+    known = ((folder / name).stat().st_size for name in shards_in(folder) if journal.note(name) is not None)
     needed, free = plan.size() - sum(known), shutil.disk_usage(config.output).free
     if needed > free:
         sizes = f"{needed >> 20:,} MiB, {free >> 20:,} are free"
@@ -218,6 +217,11 @@ def described(config: Config, source: str, record: str, problem: str) -> str:
     return f"{annotations}: record {record!r}: {problem}"
 
 
+def findings_of(batch: pa.RecordBatch, journal: Journal) -> dict[str, dict[str, Finding]]:
+    """column -> path -> what was found of that medium."""
+    return {c: journal.findings(kind, batch[c].values.unique().to_pylist()) for c, kind in KINDS.items()}
+
+
 def divide(config: Config, journal: Journal, staging: Staging, drops: Drops) -> Division:
     """Drops the records with faulty media, and tells train from validation by the media of the others."""
     links, kept, ranks = Links(), bytearray(), array("Q")
@@ -225,7 +229,7 @@ def divide(config: Config, journal: Journal, staging: Staging, drops: Drops) -> 
     progress = tqdm(total=staging.records, desc="Dividing", unit=" records", disable=None)
     for batch in staging.batches():
         source = batch["source"][0].as_py()
-        found = {c: journal.findings(kind, batch[c].values.unique().to_pylist()) for c, kind in KINDS.items()}
+        found = findings_of(batch, journal)
         columns = (batch[column].to_pylist() for column in KINDS)
         for record, *lists in zip(batch["id"].to_pylist(), *columns, strict=True):
             media = [(column, found[column][path]) for column, own in zip(KINDS, lists, strict=True) for path in own]
@@ -260,25 +264,25 @@ def pack(config: Config, apply: Apply, journal: Journal, plan: ShardPlan | None)
     Returns their names in the output folder.
     """
     folder = Path(config.output, FOLDER)
-    names = set()
+    names: set[str] = set()
     if plan:
         folder.mkdir(exist_ok=True)
         progress = tqdm(total=plan.size(), desc="Packing", unit="B", unit_scale=True, disable=None)
         shards, sent = tee(missing_shards(config, journal, plan, folder, names, progress))
         for shard, written in zip(shards, apply(write_shard, sent), strict=True):
-            journal.set_note(f"{FOLDER}/{Path(shard.path).name}", note_of(shard, *written))
+            journal.set_note(shard.name, note_of(shard, *written))
             journal.commit()
             progress.update(sum(member.size for member in shard.members))
         progress.close()
-    remove_others(folder, names, journal)
-    return sorted(f"{FOLDER}/{name}" for name in names)
+    remove_others(Path(config.output), names, journal)
+    return sorted(names)
 
 
 def plan_shards(staging: Staging, journal: Journal, division: Division, plan: ShardPlan) -> None:
     progress = tqdm(total=staging.records, desc="Planning shards", unit=" records", disable=None)
     first = 0
     for batch in staging.batches():
-        found = {c: journal.findings(kind, batch[c].values.unique().to_pylist()) for c, kind in KINDS.items()}
+        found = findings_of(batch, journal)
         for row, record in enumerate(batch.to_pylist(), start=first):
             if division.kept[row]:
                 media = {c: [(kind, path, found[c][path]) for path in record[c]] for c, kind in KINDS.items()}
@@ -295,13 +299,12 @@ def missing_shards(
     for split in SPLITS:
         for shard in plan.shards(folder, split, config.shard_mb * 1_000_000):
             path = Path(shard.path)
-            names.add(path.name)
+            names.add(shard.name)
             status = path.stat() if path.is_file() else None
-            name = f"{FOLDER}/{path.name}"
-            if status and journal.note(name) == note_of(shard, status.st_size, status.st_mtime_ns):
+            if status and journal.note(shard.name) == note_of(shard, status.st_size, status.st_mtime_ns):
                 progress.update(sum(member.size for member in shard.members))
             else:
-                journal.set_note(name, "begun")  # from here on the file is known to be ours
+                journal.set_note(shard.name, "begun")  # from here on the file is known to be ours
                 journal.commit()
                 yield shard
 

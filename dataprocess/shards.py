@@ -54,6 +54,11 @@ class Shard(NamedTuple):
     path: str
     members: list[Member]
 
+    @property
+    def name(self) -> str:
+        """In the output folder."""
+        return f"{FOLDER}/{Path(self.path).name}"
+
     def fingerprint(self) -> str:
         """Differs between shards of different content. Times count, as the digest of a video is of its ends alone."""
         digest = hashlib.blake2b(digest_size=16)
@@ -83,12 +88,19 @@ def write_shard(shard: Shard) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def remove_others(folder: Path, names: set[str], journal: Journal) -> None:
+def shards_in(output: Path, suffix: str = "") -> Iterator[str]:
+    """Names in the output folder of all files that may be shards; with `suffix` ".part" of unfinished ones."""
+    for path in output.glob(f"{FOLDER}/*.tar{suffix}"):
+        if NAME.fullmatch(path.name.removesuffix(suffix)):
+            yield f"{FOLDER}/{path.name}"
+
+
+def remove_others(output: Path, names: set[str], journal: Journal) -> None:
     """Removes shards that an earlier run has written, whole or not, and that are not among `names`."""
-    for path in folder.glob("*.tar*"):
-        shard = path.name.removesuffix(".part")
-        if path.name not in names and NAME.fullmatch(shard) and journal.note(f"{FOLDER}/{shard}") is not None:
-            path.unlink()
+    for suffix in ("", ".part"):
+        for name in list(shards_in(output, suffix)):
+            if name not in names and journal.note(name.removesuffix(suffix)) is not None:
+                (output / name).unlink()
 
 
 def header(name: str, size: int) -> tarfile.TarInfo:

@@ -145,12 +145,11 @@ class RecordDataset(Dataset):
             raise RecordError.of(record["id"], "media", problem)
         if record["videos"]:
             _ = self.media.frame_features  # what it raises is no fault of this record, and not to be skipped
-        count_features = {"image": self.media.image_features, "video": self.media.video_features}
         media = []
         for kind, name in media_of(record):
             path = open_medium(self.image_root, name)
             try:
-                media.append(Medium(kind, path, list(count_features[kind](path)), name))
+                media.append(Medium(kind, path, list(self.media.features(kind, path)), name))
             except (OSError, ValueError) as error:
                 raise BadMedium from error
         return media
@@ -174,11 +173,7 @@ class RecordDataset(Dataset):
     @property
     def skipped(self) -> list[str]:
         """Ids of the records skipped so far, by this process and by the workers of its data loaders."""
-        return [self._id(index) for index in self._skipped.nonzero().flatten().tolist()]
-
-    def _id(self, index: int) -> str:
-        """Of a record that may not be valid."""
-        return self.records.table["id"][index].as_py()
+        return [self.records.id_at(index) for index in self._skipped.nonzero().flatten().tolist()]
 
     def views(self, media: list[Medium], input_ids: list[int]) -> dict:
         """`pixel_values`, or `vision`, and `view_features` of the media whose placeholders are in `input_ids`."""
@@ -209,8 +204,7 @@ class RecordDataset(Dataset):
             FileNotFoundError, ValueError: it can't be read.
         """
         if self.feature_cache is None:
-            load = {"image": self.media.load_image, "video": self.media.load_video}
-            tensor, features = load[medium.kind](medium.path)
+            tensor, features = self.media.load(medium.kind, medium.path)
             is_same = list(features) == medium.features
         else:
             tensor = self.feature_cache.load(medium.kind, medium.name, self.image_root)
@@ -228,7 +222,7 @@ class RecordDataset(Dataset):
             problem = str(error)
         else:
             cause = error.__cause__
-            problem = f"record {self._id(index)!r}: {cause}"
+            problem = f"record {self.records.id_at(index)!r}: {cause}"
             if self.on_bad_image == "error":
                 kind = FileNotFoundError if isinstance(cause, FileNotFoundError) else ValueError
                 raise kind(f"{problem} (data.on_bad_image=skip leaves such records out)") from cause

@@ -86,6 +86,10 @@ class Records(Sequence):
         """The records at `indices`, in that order."""
         return Records(self.table.take(pa.array(indices, pa.int64())), self.weights)
 
+    def id_at(self, index: int) -> str:
+        """Id of a record, which may not be valid otherwise."""
+        return self.table["id"][index].as_py()
+
     def media_counts(self, kind: str) -> np.ndarray:
         """[R] how many `kind` ("images", "videos" or "audios") each record has; no record is decoded for it."""
         return pc.fill_null(pc.list_value_length(self.table[kind]), 0).to_numpy()

@@ -14,6 +14,7 @@ from dataset.template import encode_prompt
 from evaluate import CONDITIONS, chunks, evaluate, gaps, make_report, normalise, substitutes, wilson
 from inference import MultiModalModel
 from train import train
+from visual.media import Media
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,8 @@ def test_only_the_last_turn_is_predicted(model, tiny):
 
 def test_each_image_is_encoded_once_and_memory_is_bounded(model, tiny, monkeypatch):
     encoded = []
-    original = script.load_views
-    monkeypatch.setattr(script, "load_views", lambda *args: encoded.append(args[2].name) or original(*args))
+    original = Media.load
+    monkeypatch.setattr(Media, "load", lambda *args: encoded.append(args[2].name) or original(*args))
     one = evaluate(model, tiny.records(24), tiny.folder / "images", max_new_tokens=2)
     assert sorted(encoded) == ["blue.png", "green.png", "red.png", "white.png"]
     monkeypatch.setattr(script, "FEATURE_BYTES", 2 * 4 * 32 * 4)  # two images at a time

@@ -7,7 +7,7 @@ import torch
 
 from build import build_model
 from dataset.template import encode_prompt
-from evaluate import CONDITIONS, evaluate, load_views, reordered
+from evaluate import CONDITIONS, evaluate, reordered
 from tests.visual.clips import write_clip
 
 
@@ -42,7 +42,7 @@ def test_conditions_on_clips(model, folder, tmp_path):
     prompt = encode_prompt(record(0)["messages"][:1], model.tokenizer, 4 * model.media.frame_features)
     own, others = {}, {}
     for number in range(3):
-        views = load_views(model, "video", folder / f"{number}.mp4")
+        views = model.media.load("video", folder / f"{number}.mp4")
         assert len(views.features) == 4
         own[f"{number}.mp4"] = model.encode_images(views.pixel_values, views.features).split(views.features)
     for answer in answers:

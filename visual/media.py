@@ -100,6 +100,14 @@ class Media:
         except ValueError as error:
             raise ValueError(f"frames of a clip (frame_pooling={self.spec['frame_pooling']}): {error}") from error
 
+    def features(self, kind: str, file: File) -> list[int]:
+        """`image_features` or `video_features`, as `kind` says: "image" or "video"."""
+        return self.image_features(file) if kind == "image" else self.video_features(file)
+
+    def load(self, kind: str, file: File) -> Views:
+        """`load_image` or `load_video`, as `kind` says: "image" or "video"."""
+        return self.load_image(file) if kind == "image" else self.load_video(file)
+
     def image_features(self, image: File | Image.Image) -> list[int]:
         """Features of each view that `load_image` will give. Without tiles the file is not opened.
 

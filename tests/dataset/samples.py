@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from visual.media import Media
+
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SHARED = Path(__file__).resolve().parents[3] / "shared"  # beside the repository; tests that need it skip without it
 IMAGE_FEATURES = 4
@@ -26,6 +28,7 @@ class StubMedia:
 
     preprocess = None
     frame_features = FRAME_FEATURES
+    features, load = Media.features, Media.load
 
     def __init__(self, tiles: bool = False, frames: int | None = None):
         self.tiles, self.frames = tiles, frames
