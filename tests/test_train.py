@@ -1,4 +1,4 @@
-"""train.py, training.py and run_folder.py: exact loss normalisation, exact resume, and what a run refuses to do."""
+"""train.py, training/ and run_folder.py: exact loss normalisation, exact resume, and what a run refuses to do."""
 
 import json
 import os

@@ -10,18 +10,8 @@ What is changed, and why:
 * A gradient that is not finite ends the run.
 """
 
-import hashlib
-import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -29,21 +19,22 @@ from bitsandbytes.optim import AdamW8bit
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
-from config import Config, ConfigError, save_config
+from config import Config
 from dataset.mixture import Mixture
-from dataset.sampler import ONE_BLOCK, GlobalBatchSampler
-from model.checkpoint import load_trained, save_trained
+from dataset.sampler import GlobalBatchSampler
 from model.optim import parameter_groups
-from run_folder import CONFIG_FILE, PROGRESS, UNFINISHED, RunError
+from run_folder import RunError
+from training.arguments import learning_rates, training_arguments
+from training.checkpoints import Checkpoints
+from training.watch import Speed
 
 NAMED_RECORDS = 64  # of a step that goes wrong
 MAX_LOGGED_SOURCES = 50  # more are no mixture, but records that have each a name of its own
 
 
-class VLMTrainer(Trainer):
+class VLMTrainer(Checkpoints, Trainer):
     """Trains what is trainable in a `MultiModalModel`, as `config` says.
 
     Args:
@@ -195,94 +186,6 @@ class VLMTrainer(Trainer):
                 logs.update({f"share_{name}": round(share, 4) for name, share in named})
         super().log(logs, start_time)
 
-    # Checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
-        """Writes all that resuming needs into a folder beside and renames it to `checkpoint-<step>` when complete."""
-        output_dir = Path(self.args.output_dir)
-        unfinished, folder = output_dir / UNFINISHED, output_dir / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        progress = {
-            "loss_since_log": self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(),
-            "last_logged_step": self._globalstep_last_logged,
-            "drawn": self.drawn.tolist(),
-            **self.circumstances,
-        }
-        self.accelerator.wait_for_everyone()
-        self.save_model(str(unfinished), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(unfinished))
-        self._save_rng_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            (unfinished / PROGRESS).write_text(json.dumps(progress))
-            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(unfinished, folder)
-            rotate_checkpoints(str(output_dir), self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Writes trained weights, tokenizer and configuration; the frozen weights stay where they came from."""
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            os.makedirs(folder, exist_ok=True)
-            save_trained(self.model, folder)
-            save_config(self.config, os.path.join(folder, CONFIG_FILE))
-
-    @cached_property
-    def circumstances(self) -> dict[str, int | str | dict | None]:
-        """What the sequence of batches depends on beside the configuration."""
-        drawn = self.mixture.samples.tolist() if self.mixture else range(len(self.train_dataset))
-        # Of a long epoch they are not known yet.
-        every = 1 if len(self.mixture or drawn) <= ONE_BLOCK else max(len(drawn) // 1000, 1)
-        measured = json.dumps([self.train_dataset.lengths[index] for index in drawn[::every]])
-        return {
-            "processes": self.args.world_size,
-            "records": self.train_dataset.records.fingerprint(),
-            "sample_lengths": hashlib.sha256(measured.encode()).hexdigest(),
-            "mixture": self.mixture.counts if self.mixture else None,
-        }
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with _unusable(resume_from_checkpoint):
-            progress = json.loads(Path(resume_from_checkpoint, PROGRESS).read_text())
-        for name, value in self.circumstances.items():
-            if name in progress and progress[name] != value:  # an older checkpoint has fewer of them
-                raise RunError(
-                    f"{resume_from_checkpoint} can't be continued: {name.replace('_', ' ')} then {progress[name]}, now "
-                    f"{value}; restore it, or start over with train.overwrite=true"
-                )
-        with _unusable(resume_from_checkpoint):
-            load_trained(self.model, resume_from_checkpoint)
-        self.progress = progress
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _unusable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def finish(self) -> None:
-        """Writes the trained weights into the output folder itself and, last, the log, which marks it as finished."""
-        self.save_model()
-        if self.args.should_save:
-            log = Path(self.args.output_dir, TRAINER_STATE_NAME)
-            self.state.save_to_json(f"{log}.tmp")
-            os.replace(f"{log}.tmp", log)
-        self.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _unusable(checkpoint: str | None) -> Iterator[None]:
-    """Errors while a checkpoint is read, as a `RunError` that says which one it is."""
-    try:
-        yield
-    except (OSError, ValueError, EOFError, RuntimeError, UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).split(" In PyTorch 2.6")[0]
-        raise RunError(
-            f"{checkpoint} can't be continued: {reason}\n"
-            "If a file in it is damaged, delete it: the run then goes on from the checkpoint before"
-        ) from error
-
 
 class LoopCallback(TrainerCallback):
     """Hooks of the loop that the Trainer offers only to callbacks."""
@@ -312,83 +215,3 @@ class LoopCallback(TrainerCallback):
         self.trainer.speed.step_done()
         if self.trainer.stops():
             control.should_save = control.should_training_stop = True
-
-
-class Speed:
-    """Time and amount of work since the last report; validation and checkpoints are not counted."""
-
-    def __init__(self):
-        self.waiting = self.computing = 0.0  # seconds
-        self.samples, self.tokens = 0, 0  # of this process; of all processes
-        self._ready = time.perf_counter()
-
-    def batch(self, seconds: float, samples: int, tokens) -> None:
-        """A batch has come after `seconds` of waiting."""
-        self.waiting += seconds
-        self.samples += samples
-        self.tokens += tokens
-        self._ready = time.perf_counter()
-
-    def step_done(self) -> None:
-        self.computing += time.perf_counter() - self._ready
-
-    def report(self, world_size: int) -> dict[str, float]:
-        """Figures since the last call."""
-        seconds = max(self.waiting + self.computing, 1e-9)
-        figures = {
-            "samples_per_second": self.samples * world_size / seconds,
-            "supervised_tokens_per_second": float(self.tokens) / seconds,
-            "seconds_waiting_for_data": self.waiting,
-            "seconds_computing": self.computing,
-        }
-        self.__init__()
-        return {name: round(value, 3) for name, value in figures.items()}
-
-
-def learning_rates(config: Config) -> dict[str, float]:
-    """Peak learning rate of each part that can be trained."""
-    c = config.train
-    return {"lora": c.lora_lr, "projector": c.projector_lr, "decoder": c.decoder_lr, "encoder": c.encoder_lr}
-
-
-def training_arguments(config: Config) -> TrainingArguments:
-    """Settings of the Trainer. Starts the process group under `torchrun`.
-
-    Raises:
-        ConfigError: DeepSpeed is asked for, but it or its settings are not there.
-    """
-    c = config.train
-    if c.deepspeed and find_spec("deepspeed") is None:
-        raise ConfigError("train.deepspeed needs a package: pip install -r requirements-deepspeed.txt")
-    if c.deepspeed and not Path(c.deepspeed).is_file():
-        raise ConfigError(f"train.deepspeed: there is no file {c.deepspeed}, such as configs/deepspeed_zero2.json")
-    args = TrainingArguments(
-        output_dir=c.output_dir,
-        seed=c.seed,
-        num_train_epochs=c.num_train_epochs,
-        max_steps=c.max_steps,
-        per_device_train_batch_size=c.per_device_train_batch_size,
-        per_device_eval_batch_size=c.per_device_eval_batch_size,
-        gradient_accumulation_steps=c.gradient_accumulation_steps,
-        lr_scheduler_type=c.lr_scheduler_type,
-        warmup_steps=c.warmup_steps,
-        max_grad_norm=c.max_grad_norm,
-        bf16=c.bf16,
-        fp16=c.fp16 and torch.cuda.is_available(),
-        deepspeed=c.deepspeed,
-        use_cpu=not torch.accelerator.is_available(),
-        logging_steps=c.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if config.data.validation else "no",
-        eval_steps=c.eval_steps,
-        save_steps=c.save_steps,
-        save_total_limit=c.save_total_limit,
-        report_to=c.report_to or "none",
-        remove_unused_columns=False,
-        dataloader_num_workers=config.data.num_workers,
-        activation_checkpointing=c.gradient_checkpointing,
-        ddp_find_unused_parameters=False,  # the model puts every trainable parameter into the graph of every batch
-        ddp_broadcast_buffers=False,  # all processes fill theirs alike
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for torchrun; DataParallel would cut batches between images
-    return args
