@@ -129,7 +129,7 @@ def _assemble(
         init_std=p.init_std,
     )
     if config.tune == "lora":
-        decoder = add_lora(decoder, lora.r, lora.alpha, lora.dropout, lora.targets)
+        decoder = add_lora(decoder, lora.r, lora.alpha, lora.dropout, lora.targets, lora.rslora, lora.dora)
     media = Media(encoder, **asdict(config.media), pixel_shuffle=p.pixel_shuffle)
     model = MultiModalModel(encoder, projector, decoder, placeholder_id, tokenizer, media=media, added_rows=rows)
     model.tune(decoder=config.tune in ("decoder", "all"), encoder=config.tune == "all")

@@ -51,6 +51,8 @@ class ProjectorConfig:
 class LoraConfig:
     r: int = 128  # rank
     alpha: float = 32.0  # the update is scaled by alpha / r
+    rslora: bool = False  # the update is scaled by alpha / sqrt(r) instead: the same rate suits every rank
+    dora: bool = False  # LoRA turns the rows of the weights, and their lengths are learned apart (DoRA)
     dropout: float = 0.1  # on the input of the update, while training
     targets: list[str] = field(default_factory=list)  # names of decoder layers; empty: all linear ones of the blocks
 
@@ -106,6 +108,7 @@ class TrainConfig:
     per_device_train_batch_size: int = 4  # samples per process and micro-batch
     per_device_eval_batch_size: int = 8  # samples per process when validating
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    packing: bool = False  # the samples of a micro-batch follow each other in one row instead of being padded
     train_sampling_strategy: Literal["group_by_length", "random", "sequential"] = "group_by_length"  # sample order
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: its moments in 8 bits, by bitsandbytes
     lora_lr: float = 3e-5  # peak learning rate of the LoRA weights
@@ -121,12 +124,15 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not clipped
     bf16: bool = False  # bfloat16 autocast, on CPU and GPU
     fp16: bool = False  # float16 autocast with a scaled loss, on a GPU; without one the run is in float32
-    deepspeed: str | None = None  # settings file of DeepSpeed (configs/deepspeed_zero2.json), for torchrun on GPUs
+    compile: bool = False  # compile the decoder's blocks with torch.compile: a minute at the start, then faster steps
     gradient_checkpointing: bool = False  # recompute decoder activations in the backward pass: less memory, more time
+    gradient_checkpointing_every: int = 1  # k: only every k-th block of the decoder is recomputed
     logging_steps: int = 10  # optimizer steps between log lines
     eval_steps: int = 500  # optimizer steps between validations
     save_steps: int = 500  # optimizer steps between checkpoints
     save_total_limit: int | None = 2  # newest checkpoints that are kept; null: all
+    answers: int = 0  # validation records that the model answers at each validation, into answers.jsonl
+    peak_tflops: float | None = None  # TFLOP/s of a device, of which MFU is a share; null: data sheet, or measured
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, ...; empty: console only
 
 
@@ -150,12 +156,17 @@ ALIASES = {
 # A resumed run may differ in these: none of them touches the sequence of weights, a feature cache but for rounding.
 FREE_KEYS = {
     "data.num_workers", "data.feature_cache", "train.output_dir", "train.overwrite", "train.report_to",
-    "train.save_total_limit",
+    "train.save_total_limit", "train.answers", "train.peak_tflops",
 }  # fmt: skip
+
+# Keys of earlier versions, and what does the same now. None of them touches the sequence of weights.
+REMOVED_KEYS = {
+    "train.deepspeed": "start the run with `accelerate launch --config_file configs/accelerate/zero2.yaml train.py ...`"
+}
 
 AT_LEAST_ONE = [f"train.{name}" for name in (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "logging_steps", "eval_steps", "save_steps")]
+    "gradient_checkpointing_every", "logging_steps", "eval_steps", "save_steps")]
 
 
 def leaves(cls: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -196,7 +207,20 @@ def read_config(path: str | Path) -> Config:
 def parse_arguments(argv: list[str], schema: type = Config) -> tuple[str | None, list[tuple[str, dict[str, Any]]]]:
     """Splits arguments into the `--config` file and `(source, {dotted path: value})` pairs, in order."""
     config_file, overrides = None, []
-    rest = list(argv)
+    for key, text in split_arguments(argv, schema):
+        if key == "config":
+            if config_file is not None:
+                raise ConfigError("--config is given twice; let one file extend the other with a `base:` line")
+            config_file = text
+        else:
+            paths = resolve_keys(key, schema)
+            overrides.append(("command line", {path: parse_text(text, leaves(schema)[path]) for path in paths}))
+    return config_file, overrides
+
+
+def split_arguments(argv: list[str], schema: type = Config) -> list[tuple[str, str]]:
+    """Arguments in whichever form as pairs of key (or "config") and text, both as they were typed."""
+    pairs, rest = [], list(argv)
     while rest:
         argument = rest.pop(0)
         key, equals, text = argument.removeprefix("--").partition("=")
@@ -210,20 +234,16 @@ def parse_arguments(argv: list[str], schema: type = Config) -> tuple[str | None,
                 text = rest.pop(0)
             else:
                 raise ConfigError(f"{argument} needs a value")
-        if key == "config":
-            if config_file is not None:
-                raise ConfigError("--config is given twice; let one file extend the other with a `base:` line")
-            config_file = text
-        else:
-            paths = resolve_keys(key, schema)
-            overrides.append(("command line", {path: parse_text(text, leaves(schema)[path]) for path in paths}))
-    return config_file, overrides
+        pairs.append((key, text))
+    return pairs
 
 
 def resolve_keys(key: str, schema: type = Config) -> tuple[str, ...]:
-    """Dotted paths that a key of the command line stands for: one, or those of an alias."""
-    if schema is Config and key in ALIASES:
-        return ALIASES[key]
+    """Dotted paths that a key of the command line stands for: one, or those of an alias, whose group may be named."""
+    group, dot, name = key.rpartition(".")
+    paths = ALIASES.get(name, ()) if schema is Config else ()
+    if paths and all(path.startswith(group + dot) for path in paths):
+        return paths
     return (resolve_key(key, "command line", schema),)
 
 
@@ -237,6 +257,9 @@ def resolve_key(key: str, source: str, schema: type = Config) -> str:
         return matches[0]
     if matches:
         raise ConfigError(f"{source}: {key!r} is ambiguous: {', '.join(matches)}")
+    for removed, instead in REMOVED_KEYS.items():
+        if f".{removed}".endswith(f".{key}"):
+            raise ConfigError(f"{source}: there is no key {removed} any more; {instead}")
     raise ConfigError(f"{source}: unknown key {key!r}{suggestion(key, paths)}")
 
 
@@ -298,6 +321,9 @@ def flatten(content: dict[str, Any], source: str, schema: type = Config, prefix:
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {path} is a group of keys, not a value; got {value!r}")
             flat.update(flatten(value, source, schema, path + "."))
+        elif path in REMOVED_KEYS:
+            if value is not None:  # as a saved configuration has it where it was not used
+                raise ConfigError(f"{source}: there is no key {path} any more; {REMOVED_KEYS[path]}")
         else:
             raise ConfigError(f"{source}: unknown key {path!r}{suggestion(path, paths)}")
     return flat
@@ -359,6 +385,8 @@ def check_values(config: Config) -> None:
                                   "train.bf16=true computes in bfloat16 nonetheless")  # fmt: skip
         if m.quantization != "none":
             raise ConfigError(f"model.tune={m.tune} trains the decoder, which can't be quantized ({m.quantization})")
+    if m.lora.dora and m.tune == "lora" and m.quantization == "int8":
+        raise ConfigError("model.lora.dora=true can't be put on int8 matrices: set model.quantization to nf4 or none")
     strategy = t.train_sampling_strategy
     mixes = d.weights or d.temperature is not None or d.epoch != "total" or d.batches != "mixed"
     if strategy == "sequential" and mixes:
@@ -369,6 +397,16 @@ def check_values(config: Config) -> None:
     if m.tune == "all" and config.data.feature_cache:
         raise ConfigError("model.tune=all trains the encoder, whose features then change with every step: leave out "
                           "data.feature_cache")  # fmt: skip
+    if t.gradient_checkpointing_every > 1 and not t.gradient_checkpointing:
+        raise ConfigError("train.gradient_checkpointing_every needs train.gradient_checkpointing=true")
+    if t.answers < 0 or t.answers and not d.validation:
+        raise ConfigError(f"train.answers is a number of records of data.validation, got {t.answers}"
+                          + ("" if d.validation else " and no data.validation"))  # fmt: skip
+    if t.peak_tflops is not None and t.peak_tflops <= 0:
+        raise ConfigError(f"train.peak_tflops is positive, or null for that of the device, got {t.peak_tflops}")
+    for name in ("lora_lr", "projector_lr", "decoder_lr", "encoder_lr"):
+        if not getattr(t, name) >= 0:
+            raise ConfigError(f"train.{name} is a learning rate, 0 or above, got {getattr(t, name)}")
     if t.bf16 and t.fp16:
         raise ConfigError("train.bf16 and train.fp16 exclude each other")
 
@@ -376,7 +414,10 @@ def check_values(config: Config) -> None:
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved configuration as YAML (temporary file, then rename)."""
     temporary = Path(f"{path}.tmp")
-    OmegaConf.save(OmegaConf.structured(config), temporary)
+    with open(temporary, "w", encoding="utf-8") as file:
+        OmegaConf.save(OmegaConf.structured(config), file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -386,13 +427,21 @@ def config_differences(config: Config, saved_file: str | Path) -> list[str]:
     A key that a saved configuration lacks, since it is younger, had the effect of its default.
     """
     schema = type(config)
-    defaults = flat_values(OmegaConf.structured(schema), schema)
-    saved = {**defaults, **flat_values(OmegaConf.load(saved_file), schema)}
+    saved = read_values(saved_file, schema)
     now = flat_values(OmegaConf.structured(config), schema)
-    keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
+    keys = [key for key in {**saved, **now} if key not in FREE_KEYS and key not in REMOVED_KEYS]
     absent = "(absent)"
     return [f"{key}: {saved.get(key, absent)!r} -> {now.get(key, absent)!r}" for key in keys
             if saved.get(key, absent) != now.get(key, absent)]
+
+
+def read_values(saved_file: str | Path, schema: type = Config) -> dict[str, Any]:
+    """{dotted path: plain value} of a saved configuration; what it lacks, since it is younger, has its default."""
+    try:
+        saved = OmegaConf.load(saved_file)
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{saved_file}: not a YAML mapping: {error}") from None
+    return {**flat_values(OmegaConf.structured(schema), schema), **flat_values(saved, schema)}
 
 
 def flat_values(node: Any, schema: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -206,7 +206,7 @@ def reordered(views: list, seed: str) -> list:
     return [views[index] for index in order]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode: what the decoder keeps must serve training as well
 def answer_batch(
     model: MultiModalModel, batch: list[dict], features: list[list], max_new_tokens: int, system: str | None
 ) -> list[str]:

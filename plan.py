@@ -134,8 +134,9 @@ def make_plan(
     with fake_weights(model, gpu):
         batch, eval_batch = c.per_device_train_batch_size, c.per_device_eval_batch_size
         options = {"length": length, "bf16": c.bf16}
+        accumulation, every = c.gradient_accumulation_steps, c.gradient_checkpointing_every
         steps = {
-            on: step_memory(model, batch, checkpointing=on, accumulation=c.gradient_accumulation_steps, **options)
+            on: step_memory(model, batch, checkpointing=on and every, accumulation=accumulation, **options)
             for on in checkpointing
         }
         dtype = steps[checkpointing[0]].hidden_dtype
@@ -210,7 +211,10 @@ def _assumptions(config: Config, model: MultiModalModel) -> str:
     ]
     if config.data.validation:
         lines.append(f"Validation between the steps: {c.per_device_eval_batch_size} such samples at a time.")
-    if config.model.attn_implementation in (None, "sdpa"):
+    if c.packing and config.model.attn_implementation == "eager":
+        lines.append("Packing with eager attention takes more than is planned here: scores of a whole row, not of each "
+                     "sample.")  # fmt: skip
+    if config.model.attn_implementation in (None, "sdpa") and not c.packing:
         layers, batch = model.language_model.config.num_hidden_layers, c.per_device_train_batch_size
         masks = {"": (batch, layers), " with checkpointing": (batch, 1)}
         if config.data.validation:
@@ -316,6 +320,9 @@ def _change(config: Config, phase: str) -> str | None:
     if not c.gradient_checkpointing:
         c.gradient_checkpointing = True
         return "gradient_checkpointing=true"
+    if c.gradient_checkpointing_every > 1:
+        c.gradient_checkpointing_every = 1
+        return "gradient_checkpointing_every=1"
     if c.per_device_train_batch_size > 1:
         c.gradient_accumulation_steps *= c.per_device_train_batch_size
         c.per_device_train_batch_size = 1

@@ -234,9 +234,9 @@ def _padding(data: Data, sizes: Sizes, sampled: bool) -> dict | None:
         train.gradient_accumulation_steps,
         train.train_sampling_strategy,
         train.seed,
-        data.dataset.max_length,
         mixture,
         has_media if data.config.data.batches == "by_modality" else None,
+        train.packing,
     )
 
 
@@ -307,7 +307,7 @@ def padding_text(data: Data, report: dict) -> str:
     c = data.config.train
     text = (
         f"Batches of {c.per_device_train_batch_size} x {c.gradient_accumulation_steps} samples of one process in the "
-        "first epoch, each padded to its longest. Ideal packing: whole samples in rows of max_length, longest first."
+        "first epoch, each padded to its longest, or packed."
     )
     drawn = " Samples are drawn as the weights of the sources say." if data.mixture is not None else ""
     if report["sampled_by_seed"] is not None:
@@ -332,7 +332,7 @@ def text_of(report: dict) -> str:
     parts = [measured_text(report), text_table(rows, right=range(1, len(header)))]
     if cost := report["padding"]:
         lines = [("batches", "padding", "positions")]
-        for name, one in [*cost["strategies"].items(), ("ideal packing", cost["packing"])]:
+        for name, one in cost["strategies"].items():
             used = f"{name} *" if name == cost["current"] else name
             lines.append((used, share(one["padding_share"]), number(one["positions"])))
         parts.append(text_table(lines, right=(1, 2)) + "\n* this configuration")

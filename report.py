@@ -25,6 +25,7 @@ from PIL import Image
 from dataset.record import read_records
 from evaluate import evaluate, normalise, write_text
 from model import MultiModalModel
+from training.curves import draw_loss, read_history, save_figure
 
 TARGETS = {"colour": 0.95, "shape": 0.95, "existence": 0.95, "count": 0.95, "position": 0.95, "digit": 0.85}
 COMPOSITIONAL_TARGET = 0.80
@@ -112,10 +113,7 @@ def plot_losses(run: Path) -> None:
         history = json.loads((run / name / "metrics.json").read_text(encoding="utf-8"))["history"]
         axis.plot([point["step"] for point in history], [point["loss"] for point in history])
         axis.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-    log = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    for key, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(entry["step"], entry[key]) for entry in log if key in entry]
-        axes[2].plot(*zip(*points, strict=True), label=label)
+    draw_loss(axes[2], read_history(run))
     axes[2].set(title="Projector + LoRA", xlabel="step", ylabel="loss", yscale="log")
     axes[2].legend()
     for axis in axes:
@@ -154,13 +152,6 @@ def draw_sheet(run: Path, images: Path, columns: int = 6, rows: int = 2) -> None
                 colour = "tab:green" if right else "tab:red"
                 text.text(0, 0.86 - number / 3, said, va="top", fontsize=10, weight="bold", color=colour)
         save_figure(figure, run / "sheet.png")
-
-
-def save_figure(figure: pyplot.Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 #   bash train.sh                                        the built-in run: from nothing to a model that sees, offline
 #   bash train.sh --config configs/qwen7b_siglip.yaml    one experiment; more arguments as for train.py
 #   NPROC=2 bash train.sh --config ...                   the same, data-parallel on two GPUs (torchrun)
+#   ACCELERATE=configs/accelerate/fsdp2.yaml NPROC=8 bash train.sh --config ...      the model divided among eight
+#   bash train.sh --config ... lora_lr=1e-4,3e-4         a run for each value, one after the other (sweep.py)
 # The same line continues an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -10,6 +12,13 @@ source setup_env.sh
 setup_env requirements.txt
 
 if [ $# -gt 0 ]; then
+    if [[ "$*" == *,* ]] && "$PYTHON" sweep.py --is_sweep "$@"; then
+        exec "$PYTHON" sweep.py "$@"
+    fi
+    if [ -n "${ACCELERATE:-}" ]; then
+        exec "$PYTHON" -m accelerate.commands.launch \
+            --config_file "$ACCELERATE" --num_processes "${NPROC:-1}" train.py "$@"
+    fi
     if [ "${NPROC:-1}" -gt 1 ]; then
         exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" train.py "$@"
     fi

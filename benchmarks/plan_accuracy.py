@@ -65,6 +65,11 @@ CASES = {  # name -> (shape of the decoder where it is not DECODER, encoder, ove
         ["max_length=128", "gradient_accumulation_steps=3", "lora.r=128"],
     ),
     "rank": ({"hidden_size": 256, "num_attention_heads": 8}, "clip", ["max_length=128", "lora.r=256"]),
+    "dora": ({"hidden_size": 512, "num_attention_heads": 16}, "clip", ["max_length=128", "lora.dora=true"]),
+    "dora_nf4": (
+        {"hidden_size": 512, "num_attention_heads": 16}, "clip",
+        ["max_length=128", "lora.dora=true", "lora.dropout=0", "quantization=nf4", "model.dtype=bfloat16", "bf16=true"],
+    ),
     "nf4": (
         {"hidden_size": 512, "num_attention_heads": 16}, "clip",
         ["max_length=256", "bf16=true", "model.dtype=bfloat16", "quantization=nf4", "gradient_checkpointing=true"],

@@ -1,6 +1,6 @@
 """Qwen-7B with SigLIP so400m on one GPU: memory and speed of training and generation, with random weights.
 
-    python -m benchmarks.qwen7b                                  # writes benchmarks/results.md; minutes on one GPU
+    python -m benchmarks.qwen7b                                  # adds to benchmarks/results.md; minutes on one GPU
     python -m benchmarks.qwen7b --folder /scratch/qwen7b         # keeps the 16 GB of random weights for the next run
     python -m benchmarks.qwen7b --batches 1 --quantizations nf4 int8
     python -m benchmarks.qwen7b --small                          # trial in small shapes; without a GPU always so
@@ -21,18 +21,15 @@ What does not fit is a row that says "out of memory".
 """
 
 import argparse
-import datetime
 import json
 import os
 import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,8 +38,8 @@ import torch
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel, TrainerCallback, set_seed
 
+from benchmarks.measure import RESULTS, append_results, circumstances, now, peak_memory, reset_peak, run_worker
 from benchmarks.plan_accuracy import allocator_peak
-from benchmarks.train_step import peak_memory, reset_peak
 from config import Config, load_config
 from dataset.collator import Collator
 from dataset.template import IGNORE_INDEX
@@ -89,7 +86,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="per generation")
     parser.add_argument("--steps", type=int, default=5, help="timed training steps")
     parser.add_argument("--folder", type=Path, help="where the random weights stay; default: a temporary folder")
-    parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "results.md")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -342,13 +339,6 @@ class PeakMemory:
         return allocator_peak(self.profiler, since="measured")
 
 
-def now() -> float:
-    """Seconds, once the device has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def resident_anonymous() -> int:
     """Bytes."""
     status = Path("/proc/self/status").read_text()
@@ -373,13 +363,9 @@ def outcome(worker: Callable[[argparse.Namespace], dict], args: argparse.Namespa
 
 def run(argv: list[str], args: argparse.Namespace, worker: str, **combination) -> dict:
     """Result of a worker process, which is also printed, so that an interrupted run leaves what it measured."""
-    command = [sys.executable, "-m", "benchmarks.qwen7b", *argv, "--folder", str(args.folder), "--worker", worker]
-    for name, value in combination.items():
-        command += [f"--{name}", str(value)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)} ended with status {result.returncode}\n{result.stderr}")
-    measured = json.loads(result.stdout.splitlines()[-1])
+    options = [text for name, value in combination.items() for text in (f"--{name}", str(value))]
+    options = [*argv, "--folder", str(args.folder), "--worker", worker, *options]
+    measured = run_worker("benchmarks.qwen7b", *options)
     print(json.dumps({"worker": worker, **combination, **measured}), flush=True)
     return {**combination, **measured}
 
@@ -442,22 +428,13 @@ def heading(argv: list[str], args: argparse.Namespace) -> str:
     command = shlex.join(["python", "-m", "benchmarks.qwen7b", *argv])
     return (
         f"{title}\n\n{warning}\n\n    {command}\n\n"
-        f"- {datetime.date.today()}, {machine(args.device)}, torch {torch.__version__}\n"
+        f"- {circumstances(args.device)}\n"
         f"- decoder {decoder:,} parameters, encoder {encoder:,}, trained (LoRA and projector) {trained:,}\n"
         f"- samples of {args.length} tokens: {args.image_tokens} of a picture, {args.supervised} supervised; "
         f"generation of {args.new_tokens} tokens after {args.length - args.supervised}\n"
         f"- peak: {peak}, weights included; plan: what `train.py --plan` foresees\n"
         "- how all of it is measured: head of `benchmarks/qwen7b.py`"
     )
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", "--id=0"]
-        name, memory, driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split(",")
-        return f"{name.strip()}, {memory.strip()}, driver {driver.strip()}"
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{model[1] if model else 'CPU'}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
 
 
 def training_table(args: argparse.Namespace, rows: list[dict]) -> str:
@@ -532,9 +509,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = (args.folder or Path(temporary)).absolute()
         text = measure_all(argv, args)
-    unfinished = args.output.with_name(args.output.name + ".unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, args.output)
+    append_results(text, args.output)
     print(f"\n{text}")
 
 

@@ -23,7 +23,6 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.measure import Conversation, peak_memory, reset_peak
 from model import MultiModalModel
 from model.export import LINEAR_NAMES, qwen2_config, qwen2_state
 from model.export_llava import PROJECTOR_NAMES
@@ -79,8 +79,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # Weights: ours, drawn at random, and the same under LLaVA's names.
 
 
-def write_weights(args: argparse.Namespace, folder: Path) -> None:
-    """Writes `folder/kanjian` (a checkpoint with its decoder and encoder beside it) and `folder/llava`."""
+def write_weights(args: argparse.Namespace, folder: Path, placeholder_id: int | None = None) -> None:
+    """Writes `folder/kanjian` (a checkpoint with its decoder and encoder beside it) and `folder/llava`.
+
+    Features stand where `placeholder_id` stood, by default the last of the vocabulary.
+    """
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=args.encoder_width,
@@ -102,12 +105,14 @@ def write_weights(args: argparse.Namespace, folder: Path) -> None:
     MultimodalQWenLMHeadModel(decoder_config).save_pretrained(folder / "decoder")
     decoder = MultimodalQWenLMHeadModel.from_pretrained(folder / "decoder")
     encoder = build_encoder("clip", str(folder / "encoder"))
-    projector = build_projector("mlp", encoder.width, args.hidden, init_std=None)
+    size = {"in_width": encoder.width, "out_width": args.hidden, "num_features": encoder.num_features}
+    projector = build_projector("mlp", **size, init_std=None)
     decoder = add_lora(decoder, r=args.rank, alpha=2 * args.rank, targets=list(LINEAR_NAMES))
     for name, parameter in decoder.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
-    model = MultiModalModel(encoder, projector, decoder, placeholder_id=args.vocabulary - 1)
+    placeholder_id = args.vocabulary - 1 if placeholder_id is None else placeholder_id
+    model = MultiModalModel(encoder, projector, decoder, placeholder_id)
     model.save_pretrained(folder / "kanjian")
     write_llava(model, vision, folder)
 
@@ -209,48 +214,24 @@ def work(args: argparse.Namespace) -> None:
         print(json.dumps({"loss": loss, "seconds": seconds, "peak": peak_memory(args.device)}), flush=True)
 
 
-def reset_peak(device: str) -> None:
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to the present size
-    else:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory(device: str) -> float:
-    """MiB."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 2**10
-
-
 # The comparison.
 
 
 def compare(args: argparse.Namespace, argv: list[str], folder: Path, dtype: str) -> dict:
     """Steps both systems in turn; returns medians, peaks and the largest difference of the losses."""
-    workers, trained = {}, {}
-    for system in SYSTEMS:
-        command = [sys.executable, "-m", "benchmarks.train_step", *argv, "--worker", system, "--folder", str(folder)]
-        workers[system] = subprocess.Popen(
-            [*command, "--dtypes", dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+    command = ["benchmarks.train_step", *argv, "--folder", str(folder), "--dtypes", dtype, "--worker"]
+    workers = {system: Conversation(*command, system) for system in SYSTEMS}
     try:
-        for system, worker in workers.items():
-            trained[system] = _answer(worker)["trained"]
+        trained = {system: worker.answer()["trained"] for system, worker in workers.items()}
         if len(set(trained.values())) != 1:
             raise RuntimeError(f"trainable parameters differ: {trained}")
-        steps = []
-        for number in range(args.warmup + args.steps):
-            step = {}
-            for system, worker in workers.items():
-                worker.stdin.write(f"{number}\n")
-                step[system] = _answer(worker)
-            steps.append(step)
+        steps = [
+            {system: worker.ask(number) for system, worker in workers.items()}
+            for number in range(args.warmup + args.steps)
+        ]
     finally:
         for worker in workers.values():
-            worker.stdin.close()
-            worker.wait()
+            worker.end()
     return {
         "dtype": dtype,
         "trained_parameters": trained["kanjian"],
@@ -259,13 +240,6 @@ def compare(args: argparse.Namespace, argv: list[str], folder: Path, dtype: str)
         "seconds": {s: statistics.median(step[s]["seconds"] for step in steps[args.warmup :]) for s in SYSTEMS},
         "peak_mib": {s: steps[-1][s]["peak"] for s in SYSTEMS},
     }
-
-
-def _answer(worker: subprocess.Popen) -> dict:
-    line = worker.stdout.readline()
-    if not line:
-        raise RuntimeError(f"a worker ended with status {worker.wait()}: {' '.join(map(str, worker.args))}")
-    return json.loads(line)
 
 
 def table(results: list[dict]) -> str:

@@ -19,7 +19,7 @@ def advice(sizes: Sizes, figures: dict, max_length: int) -> list[str]:
     lines = [*_faults(figures), *_nothing_learned(figures)]
     if figures["padding"]:
         lines += [*_length(sizes, figures, max_length), *_long_answers(sizes, figures)]
-        lines += [_strategy(figures["padding"]), _packing(figures["padding"], max_length)]
+        lines += _padding(figures["padding"])
         lines += [*_drowned(figures), *_media(figures)]
     return lines + _control(figures)
 
@@ -105,6 +105,16 @@ def _long_answers(sizes: Sizes, figures: dict) -> list[str]:
     return lines
 
 
+def _padding(padding: dict) -> list[str]:
+    if padding["current"] == "packing":
+        return ["Batches are packed: none of what they hold is padding, in whatever order."]
+    saved = {name: 1 - padding["tokens"] / cost["positions"] for name, cost in padding["strategies"].items()}
+    text = _strategy(padding)
+    if saved[padding["current"]] >= NOTABLE:
+        text += f" packing=true would have none, in random order either: {_percent(saved[padding['current']])} fewer."
+    return [text]
+
+
 def _strategy(padding: dict) -> str:
     shares = {name: cost["padding_share"] for name, cost in padding["strategies"].items()}
     positions = {name: cost["positions"] for name, cost in padding["strategies"].items()}
@@ -122,20 +132,6 @@ def _strategy(padding: dict) -> str:
 def _best(padding: dict) -> str:
     """The strategy with the least padding. The order of the files is none: it says nothing of what training needs."""
     return min(("group_by_length", "random"), key=lambda name: padding["strategies"][name]["positions"])
-
-
-def _packing(padding: dict, max_length: int) -> str:
-    """Packing is not always better: the last part of each of its rows is padding, too."""
-    packing, current = padding["packing"], padding["current"]
-    best = _best(padding)
-    saved = {name: 1 - packing["positions"] / padding["strategies"][name]["positions"] for name in (current, best)}
-    text = f"Packing whole samples into rows of {max_length:,} would leave {_percent(packing['padding_share'])} padding"
-    if saved[current] <= NOTABLE:
-        return f"{text}: it would save {_percent(max(saved[current], 0))} of the positions, which is not worth it."
-    if saved[best] <= NOTABLE:
-        return f"{text} and save {_percent(saved[current])} of the positions, which {best} saves as well."
-    over = f", {_percent(saved[best])} where {best} is in use" if best != current else ""
-    return f"{text} and save {_percent(saved[current])} of the positions{over}."
 
 
 def _drowned(figures: dict) -> list[str]:

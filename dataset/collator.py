@@ -1,4 +1,4 @@
-"""Samples -> a padded batch."""
+"""Samples -> a batch, padded or packed."""
 
 import torch
 from torch import Tensor
@@ -21,34 +21,60 @@ class Collator:
 
     The last of these are absent where N = 0.
 
+    Packed, the samples follow each other in one row: ids and labels are `[1, T]`, T the sum of their lengths; there is
+    no `attention_mask`, but
+
+        sample_lengths  list of int, tokens of each sample
+
+    and the first label of each sample is -100, since nothing in the row predicts it.
+
     Args:
         padding_side: "right" for training; "left" puts the ends of all rows at T - 1, as generation needs.
         pad_to_multiple_of: T is rounded up to a multiple of this.
+        packing: one row without padding, see above; the two arguments before it then have no effect.
     """
 
-    def __init__(self, pad_token_id: int, padding_side: str = "right", pad_to_multiple_of: int | None = None):
+    def __init__(
+        self,
+        pad_token_id: int,
+        padding_side: str = "right",
+        pad_to_multiple_of: int | None = None,
+        packing: bool = False,
+    ):
         if not isinstance(pad_token_id, int):
             raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}")
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
         self.pad_token_id, self.padding_side = pad_token_id, padding_side
         self.pad_to_multiple_of = pad_to_multiple_of or 1
+        self.packing = packing
 
-    def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+    def __call__(self, samples: list[dict]) -> dict[str, Tensor | list[int]]:
+        batch = self._packed(samples) if self.packing else self._padded(samples)
         name = "vision" if any("vision" in sample for sample in samples) else "pixel_values"
         views = [sample.get(name) for sample in samples]
-        batch = {
-            "input_ids": self._pad([sample["input_ids"] for sample in samples], length, self.pad_token_id),
-            "attention_mask": self._pad([[1] * len(sample["input_ids"]) for sample in samples], length, 0),
-            "labels": self._pad([sample["labels"] for sample in samples], length, IGNORE_INDEX),
-            "view_counts": torch.tensor([0 if one is None else len(one) for one in views]),
-        }
+        batch["view_counts"] = torch.tensor([0 if one is None else len(one) for one in views])
         if any(one is not None for one in views):
             batch[name] = torch.cat([one for one in views if one is not None])
             batch["view_features"] = torch.tensor([count for sample in samples for count in sample["view_features"]])
         return batch
+
+    def _packed(self, samples: list[dict]) -> dict[str, Tensor | list[int]]:
+        ids, labels = [], []
+        for sample in samples:
+            ids += sample["input_ids"]
+            labels += [IGNORE_INDEX, *sample["labels"][1:]]
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "sample_lengths": lengths}
+
+    def _padded(self, samples: list[dict]) -> dict[str, Tensor]:
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return {
+            "input_ids": self._pad([sample["input_ids"] for sample in samples], length, self.pad_token_id),
+            "attention_mask": self._pad([[1] * len(sample["input_ids"]) for sample in samples], length, 0),
+            "labels": self._pad([sample["labels"] for sample in samples], length, IGNORE_INDEX),
+        }
 
     def _pad(self, rows: list[list[int]], length: int, value: int) -> Tensor:
         """[B, T]"""

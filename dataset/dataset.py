@@ -185,7 +185,7 @@ class RecordDataset(Dataset):
             if sum(features) == placeholders:
                 break
             try:
-                tensor = self._load(medium)
+                tensor = self.load(medium)
             except StaleFeatures:
                 raise
             except (OSError, ValueError) as error:
@@ -196,7 +196,7 @@ class RecordDataset(Dataset):
         whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors) if tensors else None
         return {name: whole, "view_features": features}
 
-    def _load(self, medium: Medium) -> torch.Tensor:
+    def load(self, medium: Medium) -> torch.Tensor:
         """Pixels `[V, 3, H, W]` of a medium's views, or what the encoder made of them, `[V, n, D]`.
 
         Raises:

@@ -34,6 +34,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         mixture: which samples an epoch has; None: every sample once.
         has_media: `[N]` bool. If given, global batches are of samples with media alone or of text alone, but for the
             one at the end of each block that takes what is left of both.
+        balanced: the micro-batches of a global batch get about equally many tokens, and so unequal numbers of samples
+            that don't follow each other: for packed batches, whose time and memory are those of their tokens.
 
     Attributes:
         handed_out: samples of all processes for each micro-batch since iterating began, oldest first; whoever takes a
@@ -55,6 +57,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         mixture: Mixture | None = None,
         has_media: np.ndarray | None = None,
+        balanced: bool = False,
     ):
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown sampling strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
@@ -69,7 +72,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.lengths, self.batch_size, self.strategy, self.seed = lengths, batch_size, strategy, seed
         self.rank, self.world_size = rank, world_size
         self.global_batch_size = batch_size * accumulation * world_size
-        self.mixture, self.has_media = mixture, has_media
+        self.mixture, self.has_media, self.balanced = mixture, has_media, balanced
         self.epoch = self.skip = 0
         self.handed_out: deque[list[int]] = deque()
 
@@ -84,6 +87,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
         skip, self.skip = self.skip, 0
         for _ in range(skip):
             yield []
+        if self.balanced:
+            yield from self._balanced(skip)
+            return
         for block in self._blocks(skip * step):
             for samples in (block[start : start + step] for start in range(0, len(block), step)):
                 if len(samples) < self.world_size:
@@ -93,6 +99,25 @@ class GlobalBatchSampler(Sampler[list[int]]):
                     yield samples[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
                 else:
                     yield samples[self.rank :: self.world_size]
+
+    def _balanced(self, skip: int) -> Iterator[list[int]]:
+        """Micro-batches of this process from number `skip` on, each global batch divided by tokens."""
+        step, size = self.batch_size * self.world_size, self.global_batch_size
+        skipped_batches, skipped_here = divmod(skip * step, size)
+        number = skipped_here // step
+        for block in self._blocks(skipped_batches * size):
+            for samples in (block[start : start + size] for start in range(0, len(block), size)):
+                rounds, rest = divmod(len(samples), step)
+                if rest < self.world_size:
+                    samples = samples[: rounds * step]
+                rounds += rest >= self.world_size
+                lengths = [self.lengths[sample] for sample in samples]
+                groups = divided_by_tokens(samples, lengths, rounds * self.world_size)
+                for turn in range(number, rounds):
+                    own = groups[turn * self.world_size : (turn + 1) * self.world_size]
+                    self.handed_out.append([sample for group in own for sample in group])
+                    yield own[self.rank]
+                number = 0
 
     def order(self) -> list[int]:
         """Sample indices of the current epoch, global batch after global batch, the smaller one last."""
@@ -140,6 +165,21 @@ class GlobalBatchSampler(Sampler[list[int]]):
             rest += order[end:]
         orders.sort(key=lambda order: -max((self.lengths[sample] for sample in order[:size]), default=0))
         return shuffle_batches([sample for order in orders for sample in order], size, generator) + rest
+
+
+def divided_by_tokens(samples: list[int], lengths: list[int], parts: int) -> list[list[int]]:
+    """`samples` in so many parts, none empty, whose sums of `lengths` are about equal.
+
+    The longest goes first, each to the part that has the fewest tokens yet (Graham, "Bounds on multiprocessing timing
+    anomalies", 1969: the largest sum is at most 4/3 of the best). Within a part samples keep their order.
+    """
+    tokens, members = [0] * parts, [[] for _ in range(parts)]
+    for position in sorted(range(len(samples)), key=lambda position: -lengths[position]):
+        # Ties go to a part with fewer samples, so that none stays empty for samples without tokens.
+        part = min(range(parts), key=lambda part: (tokens[part], len(members[part]), part))
+        tokens[part] += lengths[position]
+        members[part].append(position)
+    return [[samples[position] for position in sorted(part)] for part in members]
 
 
 def shuffle_batches(order: list[int], batch_size: int, generator: torch.Generator) -> list[int]:

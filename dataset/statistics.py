@@ -269,20 +269,20 @@ def padding(
     accumulation: int,
     strategy: str,
     seed: int,
-    max_length: int,
     mixture: Mixture | None = None,
     has_media: np.ndarray | None = None,
+    packing: bool = False,
 ) -> dict:
     """What the batches of the first epoch of one process hold beside tokens.
 
     Args:
-        lengths: of the samples, as cut, at most `max_length`; not empty.
+        lengths: of the samples, as cut; not empty.
         mixture, has_media: see `GlobalBatchSampler`, which makes the batches and raises ValueError for what it refuses.
 
     Returns:
         `strategies`: of each strategy of the sampler `{"positions", "padding_share"}`, positions being what batches
-        hold when each is padded to its longest sample; `current`: the one in use; `packing`: the same of rows of
-        `max_length` that whole samples are packed into, longest first, each into the first row with room.
+        hold when each is padded to its longest sample, and the same of "packing", which leaves none in any order;
+        `current`: the one in use; `tokens`: what all of them hold.
     """
     lengths = [int(length) for length in lengths]
     strategies, drawn = {}, {}
@@ -296,39 +296,10 @@ def padding(
         batches = [[lengths[index] for index in batch] for batch in sampler]
         drawn[name] = [length for batch in batches for length in batch]
         strategies[name] = _cost(sum(len(batch) * max(batch) for batch in batches), sum(drawn[name]))
-    rows = packed_rows(drawn[strategy], max_length)
-    packing = {**_cost(rows * max_length, sum(drawn[strategy])), "rows": rows}
-    return {"tokens": sum(drawn[strategy]), "current": strategy, "strategies": strategies, "packing": packing}
+    tokens = sum(drawn[strategy])
+    strategies["packing"] = _cost(tokens, tokens)
+    return {"tokens": tokens, "current": "packing" if packing else strategy, "strategies": strategies}
 
 
 def _cost(positions: int, tokens: int) -> dict:
     return {"positions": positions, "padding_share": 1 - tokens / positions}
-
-
-def packed_rows(lengths: Sequence[int], size: int) -> int:
-    """Rows of `size` that first-fit decreasing fills: whole samples, longest first, each into the first with room.
-
-    Samples of equal length are placed together, which gives the same rows: the first row takes as many as it has room
-    for, then the next.
-
-    Raises:
-        ValueError: a length above `size`.
-    """
-    values, counts = np.unique(np.asarray(lengths, dtype=np.int64), return_counts=True)
-    if len(values) and values[-1] > size:
-        raise ValueError(f"a sample of {values[-1]} tokens does not fit a row of {size}")
-    rooms, full = np.empty(0, np.int64), 0
-    for value, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        fits = rooms // value
-        placed = np.minimum(fits, np.maximum(count - (np.cumsum(fits) - fits), 0))
-        rooms = rooms - placed * value
-        count -= int(placed.sum())
-        per_row = size // value
-        new = np.full(-(-count // per_row), size - per_row * value)
-        if count % per_row:
-            new[-1] = size - count % per_row * value
-        rooms = np.concatenate([rooms, new])
-        roomy = rooms >= values[0]
-        full += int((~roomy).sum())
-        rooms = rooms[roomy]
-    return full + len(rooms)

@@ -35,6 +35,7 @@ from model.legacy import is_legacy, legacy_spec, read_legacy
 from model.llava import is_llava, read_projector
 from model.lora import lora_config, write_lora_config
 from model.optim import trained_part
+from model.sharded import whole_state
 from visual.weights import by_layer, read_tensors
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ NO_ADAPTER = (
     "adapter: the checkpoint's LoRA layers have no place in the model; merge them (export.py --format merged), and "
     "start from that folder"
 )
+STAGING = ".saving-"  # a folder of this prefix is being written
 PATH_KEYS = ("path", "pretrained")  # entries of the encoder's and decoder's spec that may be places on disk
 
 
@@ -64,16 +66,60 @@ def save_trained(model: "MultiModalModel", folder: str | Path) -> None:
         ValueError: frozen weights have no place on disk to refer to (a merged decoder, one never saved, a folder that
             is gone), or something is trainable that a checkpoint does not hold.
     """
-    folder = Path(folder)
+    write_trained(model, folder, describe(model), trained_weights(model))
+
+
+def describe(model: "MultiModalModel") -> dict:
+    """What `kanjian.json` will say of the model, paths as the model knows them.
+
+    Sampled values of frozen weights are part of it, so that it is to be taken while the weights lie whole in this
+    process: of a model that is trained divided among processes, before training.
+
+    Raises:
+        ValueError: something is trainable that a checkpoint does not hold.
+    """
     trained = {trained_part(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     if unsaved := trained - {"lora", "projector"} - model.holds:
         raise ValueError(f"the {' and '.join(sorted(unsaved))} is trainable, but not by model.tune(), so not saved")
+    if "decoder" in model.holds and isinstance(model.decoder, PeftModel):
+        raise ValueError("a decoder that was trained as a whole holds an adapter; merge it first: model.merge()")
     spec = _describe(model)
     parts = {"encoder": model.encoder, "decoder": model.language_model}
     spec["weights"] = {name: weight_sample(part) for name, part in parts.items() if name not in model.holds}
+    return spec
+
+
+def trained_weights(model: "MultiModalModel") -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint of the model holds, on the CPU: `{"projector": {name: tensor}, ...}`, and "adapter" (names of
+    peft), "decoder", "encoder" and "rows" where the model has them.
+
+    Where several processes train the model, all of them come here; only process 0 gets weights.
+    """
+    weights = {"projector": whole_state(model.projector)}
+    if isinstance(model.decoder, PeftModel):
+        lora = whole_state(model.decoder, lambda name: ".lora_" in name)
+        weights["adapter"] = _adapter_state(model.decoder, lora)
     if "decoder" in model.holds:
-        if isinstance(model.decoder, PeftModel):
-            raise ValueError("a decoder that was trained as a whole holds an adapter; merge it first: model.merge()")
+        weights["decoder"] = whole_state(model.language_model)
+    elif model.added_rows:
+        rows = added_rows(model.language_model, model.added_rows)
+        weights["rows"] = {name: tensor.cpu() for name, tensor in rows.items()}
+    if "encoder" in model.holds:
+        weights["encoder"] = whole_state(model.encoder.backbone)
+    return weights
+
+
+def write_trained(
+    model: "MultiModalModel", folder: str | Path, spec: dict, weights: dict[str, dict[str, Tensor]]
+) -> None:
+    """Writes what `describe` and `trained_weights` gave, as `save_trained` does; in one process alone.
+
+    Raises:
+        ValueError: frozen weights have no place on disk to refer to.
+    """
+    folder = Path(folder)
+    spec = {**spec, "decoder": dict(spec["decoder"]), "encoder": dict(spec["encoder"])}
+    if "decoder" in model.holds:
         spec["decoder"]["path"] = str(folder / DECODER_FOLDER)
     if not spec["decoder"]["path"]:
         raise ValueError(
@@ -84,20 +130,20 @@ def save_trained(model: "MultiModalModel", folder: str | Path) -> None:
         held = part == "decoder" and part in model.holds
         spec[part][key] = f"./{DECODER_FOLDER}" if held else _portable(spec[part][key], folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=STAGING) as temporary:
         staged = Path(temporary)
         if spec["adapter"]:
-            save_file(_on_cpu(_adapter_state(model.decoder)), staged / ADAPTER_FILE)
+            save_file(weights["adapter"], staged / ADAPTER_FILE)
             write_lora_config(model.decoder, staged)
-        save_file(_on_cpu(model.projector.state_dict()), staged / PROJECTOR_FILE)
+        save_file(weights["projector"], staged / PROJECTOR_FILE)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staged)
-        if "decoder" in model.holds:
-            save_decoder(model, staged / DECODER_FOLDER)
-        elif model.added_rows:
-            save_file(_on_cpu(added_rows(model.language_model, model.added_rows)), staged / ROWS_FILE)
-        if "encoder" in model.holds:
-            save_file(_on_cpu(model.encoder.backbone.state_dict()), staged / ENCODER_FILE)
+        if "decoder" in weights:
+            save_decoder(model, staged / DECODER_FOLDER, weights["decoder"])
+        if "rows" in weights:
+            save_file(weights["rows"], staged / ROWS_FILE)
+        if "encoder" in weights:
+            save_file(weights["encoder"], staged / ENCODER_FILE)
         (staged / SPEC_FILE).write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for stale in (SPEC_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, ENCODER_FILE, ROWS_FILE):
             (folder / stale).unlink(missing_ok=True)
@@ -107,13 +153,17 @@ def save_trained(model: "MultiModalModel", folder: str | Path) -> None:
             os.replace(file, folder / file.name)
 
 
-def save_decoder(model: "MultiModalModel", folder: Path) -> None:
-    """The decoder and its tokenizer as transformers writes them, without the patch's own setting."""
+def save_decoder(model: "MultiModalModel", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """The decoder and its tokenizer as transformers writes them, without the patch's own setting.
+
+    Args:
+        weights: of the decoder, where the model itself has only a part of them.
+    """
     decoder = model.language_model
     placeholder_id = decoder.config.placeholder_id
     del decoder.config.placeholder_id
     try:
-        decoder.save_pretrained(folder)
+        decoder.save_pretrained(folder, state_dict=weights)
     finally:
         decoder.config.placeholder_id = placeholder_id
     if model.tokenizer is not None:
@@ -331,12 +381,8 @@ def _portable(path: str, folder: Path) -> str:
     return relative.as_posix() if relative.parts[:1] == ("..",) else f"./{relative.as_posix()}"
 
 
-def _adapter_state(decoder: PeftModel) -> dict[str, Tensor]:
-    return get_peft_model_state_dict(decoder, save_embedding_layers=False)
-
-
-def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _adapter_state(decoder: PeftModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(decoder, state_dict=state, save_embedding_layers=False)
 
 
 def _setting_differences(model: dict, checkpoint: dict) -> list[str]:

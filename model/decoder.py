@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from shutil import which
 from types import SimpleNamespace
 from typing import Literal
 from unittest.mock import patch
@@ -18,9 +19,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.llava import MODEL_TYPE as LLAVA
 from model.llava import decoder_of, decoder_reader
+from model.sharded import whole
 from qwen import MultimodalQWenLMHeadModel, QWenConfig, multimodal
 from visual.weights import config_errors, load_strictly
 
@@ -131,6 +134,7 @@ class Head(nn.Module):
     def __init__(self, decoder: PreTrainedModel):
         super().__init__()
         self.linear = decoder.get_output_embeddings()
+        self.out_features = self.linear.out_features  # V
         self.cap = getattr(decoder.config, "final_logit_softcapping", None)
         self.scale = getattr(decoder.config, "logit_scale", None) or 1 / (
             getattr(decoder.config, "logits_scaling", None) or 1
@@ -140,6 +144,23 @@ class Head(nn.Module):
         logits = self.linear(hidden)
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def compile_blocks(decoder: PreTrainedModel, backend: str = "inductor") -> None:
+    """Has torch compile the decoder's blocks at their first use, one graph for all of them and for all lengths.
+
+    Parameters keep their names.
+
+    Raises:
+        ValueError: the blocks are not told from the rest, or there is no compiler for the CPU's code.
+    """
+    blocks = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(f"{type(decoder).__name__} has no blocks that can be compiled; leave out train.compile")
+    if decoder.device.type == "cpu" and not any(map(which, ("c++", "g++", "clang++"))):
+        raise ValueError("train.compile needs a C++ compiler on a CPU (apt install g++), or leave it out")
+    for block in blocks:
+        block.compile(backend=backend, dynamic=True)
 
 
 class _OnlyHidden(SimpleNamespace):
@@ -202,7 +223,7 @@ def added_rows(decoder: PreTrainedModel, count: int) -> dict[str, Tensor]:
     rows = {}
     for name, layer in _vocabulary_layers(decoder).items():
         for kind, parameter in layer.named_parameters(recurse=False):
-            rows[f"{name}.{kind}"] = parameter.detach()[-count:].clone()
+            rows[f"{name}.{kind}"] = whole(parameter)[-count:].clone()
     return rows
 
 

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
+CHUNK_LOGITS = 2**24  # that exist at a time: enough for full speed, and as many whatever the vocabulary
 
 
 def supervised_cross_entropy(
@@ -13,7 +15,7 @@ def supervised_cross_entropy(
     head: nn.Module,
     labels: Tensor,
     num_items: Tensor | int | None = None,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Sum of the float32 cross entropy over supervised positions, divided by `num_items`.
 
@@ -23,10 +25,12 @@ def supervised_cross_entropy(
 
     Args:
         hidden: `[B, T, H]`, output of the last norm.
-        head: module that maps `[n, H]` to logits `[n, V]`; any module does (quantized, wrapped by an adapter).
+        head: module that maps `[n, H]` to logits `[n, V]`; any module does (quantized, wrapped by an adapter) that
+            tells V as `out_features`, or without it, if `chunk_tokens` is given.
         labels: `[B, T]` in the coordinates of `hidden`, not shifted.
         num_items: divisor, usually the number of supervised tokens of the global batch; the own count by default.
-        chunk_tokens: supervised positions per chunk; about `3 * 4 * chunk_tokens * V` bytes are held at a time.
+        chunk_tokens: supervised positions per chunk; about `3 * 4 * chunk_tokens * V` bytes are held at a time. By
+            default as many as make `CHUNK_LOGITS` logits, so that memory does not grow with the vocabulary.
 
     Returns:
         Scalar float32 loss; 0 with zero gradients where nothing is supervised.
@@ -36,7 +40,7 @@ def supervised_cross_entropy(
     """
     if labels.shape != hidden.shape[:2]:
         raise ValueError(f"labels have shape {list(labels.shape)}, expected {list(hidden.shape[:2])} ([B, T])")
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, expected a positive number")
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
@@ -46,15 +50,26 @@ def supervised_cross_entropy(
     return summed_cross_entropy(rows, targets, head, chunk_tokens) / num_items
 
 
-def summed_cross_entropy(rows: Tensor, targets: Tensor, head: nn.Module, chunk_tokens: int = 256) -> Tensor:
+def summed_cross_entropy(rows: Tensor, targets: Tensor, head: nn.Module, chunk_tokens: int | None = None) -> Tensor:
     """Summed float32 cross entropy of `head(rows)`, rows `[S, H]`, and the ids `targets` `[S]`, a chunk at a time."""
+    chunk_tokens = chunk_tokens or max(CHUNK_LOGITS // head.out_features, 1)
     parameters = [p for p in head.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and (rows.requires_grad or parameters):
+    zero3 = any(hasattr(parameter, "ds_id") for parameter in parameters)
+    if torch.is_grad_enabled() and (rows.requires_grad or parameters) and not zero3:
         return _ChunkedCrossEntropy.apply(rows, targets, head, chunk_tokens, *parameters)
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     for row, target in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        total = total + F.cross_entropy(head(row).float(), target, reduction="sum")
+        # The hooks of DeepSpeed's ZeRO-3 bear no gradient of a weight beside the backward pass, so logits of a head
+        # that it trains are made anew there.
+        computed = (head, row, target)
+        total = total + (
+            checkpoint(_cross_entropy, *computed, use_reentrant=False) if zero3 else _cross_entropy(*computed)
+        )
     return total
+
+
+def _cross_entropy(head: nn.Module, row: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(head(row).float(), target, reduction="sum")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -90,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 @torch.no_grad()
 def _cross_entropy_with_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of logits `[c, V]` in float32 and its gradient `softmax - one_hot`, `[c, V]`."""
-    log_probs = F.log_softmax(logits.float(), dim=-1)
+    log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     index = targets.unsqueeze(-1)
     loss = -log_probs.gather(-1, index).sum()
     grad = log_probs.exp_()

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from model.decoder import Head
+from model.encoding import VIEWS
 from model.loss import summed_cross_entropy
 from model.model import MultiModalModel
 
@@ -170,6 +171,8 @@ class _Quantized(nn.Module):
     of them each (QLoRA, https://arxiv.org/abs/2305.14314); int8 has one float32 factor per row.
     """
 
+    W_q = None  # peft lets modules that have this attribute dequantize themselves
+
     def __init__(self, linear: nn.Linear, quantization: str):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -184,6 +187,10 @@ class _Quantized(nn.Module):
             tensor = torch.empty(size, dtype=dtype, device=linear.weight.device)
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.bias = linear.bias
+
+    def dequantize(self) -> Tensor:
+        """The whole weight, as DoRA asks for it."""
+        return _dequantized(self, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x if self.int8 else x.to(self.dtype)
@@ -211,24 +218,31 @@ def _dequantized(module: _Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def step_memory(
-    model: MultiModalModel, batch: int, length: int, *, bf16: bool, checkpointing: bool, accumulation: int = 1
+    model: MultiModalModel, batch: int, length: int, *, bf16: bool, checkpointing: int, accumulation: int = 1
 ) -> StepMemory:
     """Memory of forward and backward pass on `batch` samples of `length` tokens, all supervised, one picture each.
 
-    For models within `fake_weights`. From the second micro-batch of a step on all gradients exist from the start.
+    For models within `fake_weights`. `checkpointing` is k if every k-th block is recomputed, 0 if none is. From the
+    second micro-batch of a step on all gradients exist from the start.
     """
     model.train()
     if checkpointing:
         # Fake tensors draw no random numbers, so there is no state to restore.
-        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        model.activation_checkpointing_enable(options, every_n_layers=checkpointing)
     else:
         model.activation_checkpointing_disable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with StorageTracker(trained) as tracker:
         tracker.ignore([*model.parameters(), *model.buffers()])
+        ahead = None
+        if not model.encoder.trainable:
+            tracker.phase("encoder")
+            views = batch * most_views(model)
+            ahead = _encoded_ahead(model, accumulation * views, max(VIEWS, views), bf16)
         for _ in range(min(accumulation, 2)):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                hidden = _decoder_output(model, batch, length, tracker.phase)
+                hidden = _decoder_output(model, batch, length, tracker.phase, ahead)
                 saved = tracker.bytes - sum(tracker.gradients.values())
                 tracker.phase("loss")
                 loss = _loss(model, hidden)
@@ -278,12 +292,27 @@ def most_views(model: MultiModalModel) -> int:
     return 1 + model.media.spec["max_tiles"]
 
 
-def _decoder_output(model: MultiModalModel, batch: int, length: int, phase: Callable[[str], None]) -> Tensor:
+@torch.no_grad()
+def _encoded_ahead(model: MultiModalModel, views: int, size: int, bf16: bool) -> Tensor:
+    """`model.encoding.encode_ahead`: what the encoder makes of all views of a step, `[N, n, D]`, `size` at a time."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return torch.cat([
+            model.encoder(torch.empty(min(size, views - start), 3, *model.encoder.image_size))
+            for start in range(0, views, size)
+        ])  # fmt: skip
+
+
+def _decoder_output(
+    model: MultiModalModel, batch: int, length: int, phase: Callable[[str], None], ahead: Tensor | None = None
+) -> Tensor:
     """`MultiModalModel.forward` up to the loss, `[B, T, H]`, past the checks that have to read token ids."""
     phase("encoder")
-    pixel_values = torch.empty(batch * most_views(model), 3, *model.encoder.image_size)
+    views = batch * most_views(model)
+    if ahead is None:
+        features = model.encode_images(torch.empty(views, 3, *model.encoder.image_size))
+    else:
+        features = model.project(ahead[:views])
     input_ids = torch.zeros(batch, length, dtype=torch.long)
-    features = model.encode_images(pixel_values)
     phase("decoder")
     decoder = model.language_model.base_model
     embeds = decoder.get_input_embeddings()(input_ids)

@@ -18,6 +18,7 @@ from model.legacy import is_legacy, legacy_spec
 from model.lora import language_model, wrap_with_lora
 from model.loss import supervised_cross_entropy
 from model.media_inputs import MediaInput, expand_prompts
+from model.packing import check_packed, packed_arguments
 from model.projector import Projector, build_projector
 from model.tokenizer import ChatTokenizer, load_tokenizer
 from qwen import QWenTokenizer
@@ -185,6 +186,7 @@ class MultiModalModel(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         position_ids: Tensor | None = None,
         vision: Tensor | None = None,
+        sample_lengths: Sequence[int] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits of a batch, or with labels its loss.
@@ -200,18 +202,29 @@ class MultiModalModel(nn.Module):
             num_items_in_batch: supervised tokens of the global batch, the divisor of the loss; own count by default.
             position_ids: `[B, T]`.
             vision: `[N, n, D]`, what the encoder made of the views, instead of `pixel_values`; it does not run then.
+            sample_lengths: of a packed row, B = 1: tokens of each sample in it (`model.packing`). There is then no
+                `attention_mask`, and `view_counts` are those of the samples.
             kwargs: further arguments of the decoder, such as `past_key_values` or `logits_to_keep`.
 
         Returns:
             `loss` (float32 scalar) and no logits when labels are given; else `logits [B, T, V]`.
 
         Raises:
-            ValueError: the number of placeholders is not that of the features, or `vision` is given to a model whose
-                encoder is trained.
+            ValueError: the number of placeholders is not that of the features, `vision` is given to a model whose
+                encoder is trained, or `sample_lengths` don't add up to T, or stand beside a mask or positions.
         """
+        feature_counts = self._feature_counts(view_counts, view_features)
+        if sample_lengths is not None:
+            if not (attention_mask is position_ids is None):
+                raise ValueError("sample_lengths say where samples stand: leave out attention_mask and position_ids")
+            check_packed(input_ids, sample_lengths, feature_counts, self.placeholder_id)
+            kwargs |= packed_arguments(self.language_model, list(sample_lengths), input_ids.device)
+            kwargs["use_cache"] = False  # transformers tells packed samples apart only without a cache
+            position_ids = kwargs.pop("position_ids")
+            feature_counts = None if feature_counts is None else [sum(feature_counts)]
         inputs = dict(
             features=self._features(pixel_values, features, view_features, vision),
-            feature_counts=self._feature_counts(view_counts, view_features),
+            feature_counts=feature_counts,
             attention_mask=attention_mask,
             position_ids=position_ids,
             **kwargs,

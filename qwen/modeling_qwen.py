@@ -36,6 +36,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_qwen import QWenConfig
+from .decoding import GrowingLayer
 
 
 def ntk_alpha(lengths: torch.Tensor, seq_length: int) -> torch.Tensor:
@@ -348,7 +349,7 @@ class QWenModel(QWenPreTrainedModel):
     def _remember_inputs(self, past_key_values, past_length, inputs_embeds, position_ids, alpha) -> None:
         """Appends what `_refill` needs to the cache's layer of inputs."""
         if past_length == 0 and len(past_key_values.layers) == self.config.num_hidden_layers:
-            past_key_values.layers.append(DynamicLayer())
+            past_key_values.layers.append(GrowingLayer())
         inputs = self._cached_inputs(past_key_values, past_length)
         if inputs is None:  # tokens went into the cache in training mode
             return

@@ -187,6 +187,15 @@ def test_shipped_configs_load(request):
         assert config.read_config(file).train.output_dir == f"outputs/{file.stem}"
 
 
+def test_a_fresh_projector_learns_faster_than_lora(request):
+    files = set((request.config.rootpath / "configs").glob("*.yaml"))
+    files = {file for file in files if config.read_config(file).model.tune == "lora"}
+    files -= {request.config.rootpath / "configs/llava_qwen2.yaml"}  # goes on from a projector of a first stage
+    assert len(files) >= 5
+    for file in files:
+        assert config.read_config(file).train.projector_lr > config.read_config(file).train.lora_lr, file
+
+
 def test_experiments_differ_in_the_encoder_alone(request):
     folder = request.config.rootpath / "configs"
     siglip, clip = (config.read_config(folder / f"qwen7b_{name}.yaml") for name in ("siglip", "clip"))

@@ -38,7 +38,7 @@ def blocks(monkeypatch):
 
 def logs_of(folder) -> list[dict]:
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    timed = ("second", "runtime", "train_loss")  # the last is a mean since the process began
+    timed = ("second", "runtime", "data_wait", "mfu", "memory", "train_loss")  # the last: since the process began
     return [{key: value for key, value in entry.items() if not any(word in key for word in timed)} for entry in log]
 
 

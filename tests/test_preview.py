@@ -150,7 +150,7 @@ def test_every_source_and_the_extremes_are_there(shown):
                                   "problem": report["refused"][0]["problem"]}]  # fmt: skip
     assert "'gone'" in report["refused"][0]["problem"] and "<gone>.png" in report["refused"][0]["problem"]
     assert report["total"]["cut"] == 2 and report["total"]["control_texts"] == 1
-    for text in ("Training would stop: 1 record is refused", "中文来源", "ideal packing", "max_length=400"):
+    for text in ("Training would stop: 1 record is refused", "中文来源", "packing", "max_length=400"):
         assert text in terminal and text in page.text
     assert page.tags.count("svg") == 3
 

@@ -1,12 +1,10 @@
 """Settings of `transformers.Trainer` from the configuration."""
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import torch
 from transformers import TrainingArguments
 
-from config import Config, ConfigError
+from config import Config
+from training.devices import check_launch, load_models_whole, uses_deepspeed
 
 
 def learning_rates(config: Config) -> dict[str, float]:
@@ -16,16 +14,13 @@ def learning_rates(config: Config) -> dict[str, float]:
 
 
 def training_arguments(config: Config) -> TrainingArguments:
-    """Settings of the Trainer. Starts the process group under `torchrun`.
+    """Settings of the Trainer. Starts the process group under `torchrun` and `accelerate launch`.
 
     Raises:
-        ConfigError: DeepSpeed is asked for, but it or its settings are not there.
+        ConfigError: the run was launched under something that can't train it (`training.devices`).
     """
     c = config.train
-    if c.deepspeed and find_spec("deepspeed") is None:
-        raise ConfigError("train.deepspeed needs a package: pip install -r requirements-deepspeed.txt")
-    if c.deepspeed and not Path(c.deepspeed).is_file():
-        raise ConfigError(f"train.deepspeed: there is no file {c.deepspeed}, such as configs/deepspeed_zero2.json")
+    check_launch(config)
     args = TrainingArguments(
         output_dir=c.output_dir,
         seed=c.seed,
@@ -37,9 +32,8 @@ def training_arguments(config: Config) -> TrainingArguments:
         lr_scheduler_type=c.lr_scheduler_type,
         warmup_steps=c.warmup_steps,
         max_grad_norm=c.max_grad_norm,
-        bf16=c.bf16,
+        bf16=c.bf16 and not uses_deepspeed(),  # which would round trained weights; see training.devices
         fp16=c.fp16 and torch.cuda.is_available(),
-        deepspeed=c.deepspeed,
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=c.logging_steps,
         logging_nan_inf_filter=False,
@@ -51,8 +45,11 @@ def training_arguments(config: Config) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=config.data.num_workers,
         activation_checkpointing=c.gradient_checkpointing,
+        activation_checkpointing_kwargs={"every_n_layers": c.gradient_checkpointing_every},
         ddp_find_unused_parameters=False,  # the model puts every trainable parameter into the graph of every batch
         ddp_broadcast_buffers=False,  # all processes fill theirs alike
     )
+    if uses_deepspeed():
+        load_models_whole()
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for torchrun; DataParallel would cut batches between images
     return args

@@ -5,36 +5,40 @@ What is changed, and why:
 * Loss: sum over supervised tokens / their number in the global batch (all micro-batches, all processes).
 * Batches: their order depends on seed and epoch alone, so that a resumed run sees what it would have seen.
 * Checkpoints: only trained weights, written beside and then renamed, so that a folder `checkpoint-N` is complete.
-* Logs: samples/s, supervised tokens/s, seconds spent waiting for data and computing.
+* Logs: speed, MFU, memory, waiting for data, rates and gradient norms of each part (`training/watching.py`).
 * Validation: mean over tokens, not over batches.
-* A gradient that is not finite ends the run.
+* A loss or a gradient that is not finite ends the run.
 """
 
 import math
+import os
 import time
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from bitsandbytes.optim import AdamW8bit
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from config import Config
+from config import Config, ConfigError
 from dataset.mixture import Mixture
 from dataset.sampler import GlobalBatchSampler
+from model.encoding import encode_ahead
 from model.optim import parameter_groups
 from run_folder import RunError
+from training.answers import SHOWN, Answers
 from training.arguments import learning_rates, training_arguments
 from training.checkpoints import Checkpoints
-from training.watch import Speed
+from training.console import Console, shortened
+from training.devices import Devices, Filler, equally_many
+from training.watch import quoted
+from training.watching import Watching
 
-NAMED_RECORDS = 64  # of a step that goes wrong
-MAX_LOGGED_SOURCES = 50  # more are no mixture, but records that have each a name of its own
 
-
-class VLMTrainer(Checkpoints, Trainer):
+class VLMTrainer(Checkpoints, Devices, Watching, Trainer):
     """Trains what is trainable in a `MultiModalModel`, as `config` says.
 
     Args:
@@ -56,13 +60,11 @@ class VLMTrainer(Checkpoints, Trainer):
     ):
         self.config = config
         self.mixture = mixture
-        self.speed = Speed()
-        self.rates: dict[str, float] = {}  # learning rates of the last optimizer step
         self.sources, self._source_of = train_dataset.sources
         self.drawn = np.zeros(len(self.sources), np.int64)  # samples of each source since the run began
-        self.step_samples: list[int] = []  # of the optimizer step in hand
-        self.stop_requested = False  # after the step in hand, with a checkpoint
+        self.stop_signal: int | None = None  # that has come; the run ends after the step in hand, with a checkpoint
         self.progress: dict | None = None  # of the checkpoint that this run continues
+        self.prepare_watching(model)
         super().__init__(
             model=model,
             args=args or training_arguments(config),
@@ -70,7 +72,12 @@ class VLMTrainer(Checkpoints, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
         )
+        for printer in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printer)
+        self.console = Console()
+        self.answers = self._answers()
         self.add_callback(LoopCallback(self))
+        self.add_callback(self.console)
 
     # Optimizer
 
@@ -84,20 +91,6 @@ class VLMTrainer(Checkpoints, Trainer):
             else:
                 self.optimizer = torch.optim.AdamW(groups, **options, fused=True)
         return self.optimizer
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if not math.isfinite(grad_norm):
-            names = [repr(self.train_dataset.records.id_at(index)) for index in self.step_samples]
-            more = f" and {len(names) - NAMED_RECORDS} more" if len(names) > NAMED_RECORDS else ""
-            raise FloatingPointError(
-                f"the gradient of step {self.state.global_step + 1} is not finite (norm {float(grad_norm)}, loss "
-                f"{float(self._tr_loss)} since the last log line); nothing was updated. Lower train.lora_lr and "
-                "train.projector_lr or lengthen train.warmup_steps; the same command with other values starts over "
-                "when train.overwrite=true is added. Records of this step, should one of them be the cause: "
-                f"{', '.join(names[:NAMED_RECORDS])}{more}"
-            )
-        return grad_norm
 
     # Batches
 
@@ -114,6 +107,7 @@ class VLMTrainer(Checkpoints, Trainer):
             seed=c.seed,
             mixture=self.mixture,
             has_media=self.train_dataset.has_media if by_modality else None,
+            balanced=c.packing,
         )
         return self._loader(self.train_dataset, self.batch_sampler)
 
@@ -122,7 +116,9 @@ class VLMTrainer(Checkpoints, Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         order = sorted(range(len(dataset)), key=lambda i: -dataset.lengths[i])
         own, size = order[self.args.process_index :: self.args.world_size], self.args.per_device_eval_batch_size
-        return self._loader(dataset, [own[start : start + size] for start in range(0, len(own), size)])
+        batches = [own[start : start + size] for start in range(0, len(own), size)]
+        most = math.ceil(len(order) / self.args.world_size / size)
+        return self._loader(dataset, equally_many(batches, most, order[0]))
 
     def _loader(self, dataset, batches) -> DataLoader:
         # With a generator of its own the loader takes nothing from the global one, which dropout draws from.
@@ -132,6 +128,7 @@ class VLMTrainer(Checkpoints, Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
+            worker_init_fn=leave_group,
             generator=torch.Generator(),
         )
 
@@ -139,33 +136,75 @@ class VLMTrainer(Checkpoints, Trainer):
         start = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Those of all processes: there is no need to ask the others.
-        self.step_samples = [sample for _ in batches for sample in self.batch_sampler.handed_out.popleft()]
-        self.drawn += np.bincount(self._source_of[self.step_samples], minlength=len(self.drawn))
+        self.step_batches = [self.batch_sampler.handed_out.popleft() for _ in batches]
+        samples = [sample for batch in self.step_batches for sample in batch]
+        self.drawn += np.bincount(self._source_of[samples], minlength=len(self.drawn))
         num_items = num_items.clamp(min=1)  # 0 only if every record of the batch was skipped for its image
-        self.speed.batch(time.perf_counter() - start, sum(len(batch["labels"]) for batch in batches), num_items)
+        self.note_batches(batches, time.perf_counter() - start, num_items)
+        if self._encodes_ahead:
+            autocast = self.accelerator.autocast()
+            encode_ahead(self.model.encoder, batches, self.args.device, autocast)
         return batches, num_items
+
+    @property
+    def _encodes_ahead(self) -> bool:
+        """Whether the encoder may run outside of the model's forward: frozen and whole in every process."""
+        divided = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        return not (divided or self.model.encoder.trainable)
 
     def stops(self) -> bool:
         """Whether any process was asked to stop: all of them do it after the same step."""
         if self.args.world_size == 1:
-            return self.stop_requested
-        asked = torch.tensor(float(self.stop_requested), device=self.args.device)
+            return self.stop_signal is not None
+        asked = torch.tensor(float(self.stop_signal is not None), device=self.args.device)
         return bool(self.accelerator.reduce(asked, reduction="sum"))
 
     # Validation
 
+    def _answers(self) -> Answers | None:
+        """What asks the model about validation records.
+
+        Raises:
+            ConfigError: the model is divided among the processes.
+        """
+        c = self.config
+        if not c.train.answers or self.eval_dataset is None:
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError("train.answers needs the whole model in each process, which FSDP and DeepSpeed divide: "
+                              "leave it out, and ask checkpoints with evaluate.py")  # fmt: skip
+        return Answers(self.eval_dataset, c.train.answers, c.train.seed, c.train.output_dir, c.data.system)
+
+    def ask(self) -> None:
+        """Has the model answer the records of `train.answers`, if there are any, and prints a few answers."""
+        if self.answers is not None:
+            lines = self.answers.ask(self.model, self.accelerator, self.state.global_step)
+            for line in lines[:SHOWN]:
+                said, right = shortened(line["answer"]), shortened(line["reference"])
+                self.console.write(f"{'':>13} {line['id']}: {said}, reference {right}")
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Loss per supervised token over the whole data set, whatever its division into batches and processes."""
+        """Loss per supervised token over the whole data set, whatever its division into batches and processes.
+
+        Raises:
+            RunError: nothing in it is supervised.
+            FloatingPointError: the loss of a batch is not finite; names its records.
+        """
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         totals = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
-        for batch in dataloader:
+        for samples, batch in zip(dataloader.batch_sampler, dataloader, strict=True):
             tokens = int((batch["labels"][:, 1:] != -100).sum())
             with torch.no_grad(), self.accelerator.autocast():
-                loss = self.model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
-            totals += torch.tensor([float(loss), tokens], dtype=torch.float64)
+                loss = float(self.model(**self._prepare_inputs(batch), num_items_in_batch=1).loss)
+            if not math.isfinite(loss):
+                names = [dataloader.dataset.records.id_at(index) for index in samples]
+                problem = f"the loss of data.validation is not finite ({loss}) after step {self.state.global_step}"
+                raise FloatingPointError(f"{problem}, in a batch of these records: {quoted(names)}")
+            if not isinstance(samples, Filler):
+                totals += torch.tensor([loss, tokens], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss, tokens = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").tolist()
         if not tokens:
@@ -173,18 +212,13 @@ class VLMTrainer(Checkpoints, Trainer):
         metrics = {f"{metric_key_prefix}_loss": loss / tokens}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 
-    # Logs
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and "eval_loss" not in logs:
-            del logs["learning_rate"]  # that of the first group alone
-            logs.update(self.rates)
-            logs.update(self.speed.report(self.args.world_size))
-            if 1 < len(self.sources) <= MAX_LOGGED_SOURCES:
-                shares = self.drawn / max(self.drawn.sum(), 1)
-                named = zip(self.sources, shares.tolist(), strict=True)
-                logs.update({f"share_{name}": round(share, 4) for name, share in named})
-        super().log(logs, start_time)
+def leave_group(worker: int) -> None:
+    """Takes a data loader's process out of the run's process group.
+
+    torchrun and terminals send their signals to the whole group, and the step in hand still needs its data.
+    """
+    os.setpgid(0, 0)
 
 
 class LoopCallback(TrainerCallback):
@@ -195,11 +229,18 @@ class LoopCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        trainer.speed = Speed()
+        trainer.begin_watching()
         if trainer.progress is not None:
             trainer._tr_loss += trainer.progress["loss_since_log"]
             trainer._globalstep_last_logged = trainer._initial_global_step = trainer.progress["last_logged_step"]
             trainer.drawn[:] = trainer.progress.get("drawn", 0)
+        if trainer.answers is not None and args.process_index == 0:
+            trainer.answers.begin(state.global_step)
+        if state.global_step == 0:
+            trainer.ask()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.trainer.ask()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         steps = math.ceil(len(self.trainer.batch_sampler) / args.gradient_accumulation_steps)

@@ -8,6 +8,7 @@ from math import prod
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from visual.preprocess import Preprocess
 
@@ -116,6 +117,14 @@ class VisionEncoder(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+    def count_flops(self) -> int:
+        """Floating point operations for one view: forward, and where the encoder is trained backward as well."""
+        with torch.set_grad_enabled(self.trainable), FlopCounterMode(display=False) as counter:
+            features, parameters = self._meta_pass()
+            if self.trainable:
+                torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
+        return counter.get_total_flops()
 
     def _feature_shape(self) -> tuple[int, ...]:
         """(rows, columns, D), or (n, D) without a grid."""

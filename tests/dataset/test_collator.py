@@ -60,6 +60,18 @@ def test_vision_takes_the_place_of_pixel_values():
     assert "vision" not in Collator(PAD)([seen(2, 0, 0.0), skipped])
 
 
+def test_packed_samples_follow_each_other():
+    samples = [
+        {"input_ids": [1, 2, 3], "labels": [1, -100, 3], "pixel_values": None, "view_features": []},
+        {"input_ids": [4, 5], "labels": [4, 5], "pixel_values": torch.ones(1, 3, 2, 2), "view_features": [2]},
+    ]
+    batch = Collator(0, packing=True)(samples)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert batch["labels"].tolist() == [[-100, -100, 3, -100, 5]]
+    assert batch["sample_lengths"] == [3, 2] and batch["view_counts"].tolist() == [0, 1]
+    assert "attention_mask" not in batch and batch["pixel_values"].shape == (1, 3, 2, 2)
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="padding_side"):
         Collator(PAD, "both")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dataset.mixture import Mixture
-from dataset.sampler import GlobalBatchSampler, shuffle_batches
+from dataset.sampler import GlobalBatchSampler, divided_by_tokens, shuffle_batches
 
 LENGTHS = torch.randint(5, 200, (203,), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -133,6 +133,52 @@ def test_what_was_handed_out_is_known_for_all_processes():
     batches = list(zip(*samplers, strict=True))
     assert samplers[0].handed_out == samplers[1].handed_out
     assert [sorted(a + b) for a, b in batches] == [sorted(both) for both in samplers[0].handed_out]
+
+
+@pytest.mark.parametrize("world_size, accumulation, batch_size", [(1, 4, 4), (2, 2, 4), (4, 1, 4), (1, 1, 16)])
+def test_balanced_micro_batches_hold_the_same_global_batches(world_size, accumulation, batch_size):
+    options = dict(accumulation=accumulation, world_size=world_size, seed=5, strategy="random")
+    plain = [epoch_of(2, LENGTHS, batch_size, rank=rank, **options) for rank in range(world_size)]
+    ranks = [epoch_of(2, LENGTHS, batch_size, rank=rank, balanced=True, **options) for rank in range(world_size)]
+    assert [len(batches) for batches in ranks] == [len(batches) for batches in plain]
+    assert all(batch for batches in ranks for batch in batches)
+    for step in range(0, len(ranks[0]), accumulation):
+        steps = [[b[step : step + accumulation] for b in batches] for batches in (ranks, plain)]
+        found, expected = (sorted(i for own in some for micro in own for i in micro) for some in steps)
+        assert len(found) == len(expected)
+        if step + accumulation < len(ranks[0]):
+            assert found == expected
+            tokens = [sum(LENGTHS[i] for i in micro) for own in steps[0] for micro in own]
+            assert max(tokens) - min(tokens) <= max(LENGTHS)
+
+
+@pytest.mark.parametrize("skip", [1, 6, 8, 13])
+def test_a_resumed_balanced_epoch_goes_on_where_it_was(skip, small_blocks):
+    def sampler():
+        return GlobalBatchSampler(LENGTHS, 2, accumulation=4, rank=1, world_size=2, balanced=True)
+
+    whole, resumed = sampler(), sampler()
+    resumed.skip = skip
+    expected, batches = list(whole), list(resumed)
+    assert batches[:skip] == [[]] * skip and batches[skip:] == expected[skip:]
+    assert list(resumed.handed_out) == list(whole.handed_out)[skip:]
+
+
+@pytest.mark.parametrize("samples", range(8, 25))
+def test_balanced_batches_leave_out_what_padded_ones_do(samples):
+    def drawn(balanced):
+        options = dict(accumulation=2, world_size=4, balanced=balanced, strategy="sequential")
+        return [epoch_of(0, LENGTHS[:samples], 2, rank=rank, **options) for rank in range(4)]
+
+    balanced, padded = drawn(True), drawn(False)
+    assert [len(batches) for batches in balanced] == [len(batches) for batches in padded]
+    found, expected = (sorted(i for rank in ranks for batch in rank for i in batch) for ranks in (balanced, padded))
+    assert found == expected and all(batch for rank in balanced for batch in rank)
+
+
+def test_division_by_tokens_leaves_no_part_empty():
+    assert divided_by_tokens([7, 8, 9], [0, 0, 0], 3) == [[7], [8], [9]]
+    assert divided_by_tokens([1, 2, 3, 4], [9, 5, 4, 1], 2) == [[1, 4], [2, 3]]
 
 
 @pytest.mark.parametrize("blocks", [True, False])

@@ -1,5 +1,4 @@
 import json
-import random
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from dataset.dataset import RecordDataset
 from dataset.mixture import Mixture
 from dataset.record import Records, to_table
 from dataset.sampler import GlobalBatchSampler
-from dataset.statistics import Size, Sizes, measure, packed_rows, padding, summary
+from dataset.statistics import Size, Sizes, measure, padding, summary
 from dataset.template import IGNORE_INDEX, encode_record
 
 N = IMAGE_FEATURES
@@ -168,44 +167,19 @@ def test_summary_by_hand():
     assert json.loads(json.dumps(total)) == total
 
 
-def first_fit_decreasing(lengths: list[int], size: int) -> int:
-    rooms: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        for row, room in enumerate(rooms):
-            if room >= length:
-                rooms[row] -= length
-                break
-        else:
-            rooms.append(size - length)
-    return len(rooms)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_packing_is_first_fit_decreasing(seed):
-    rng = random.Random(seed)
-    size = rng.choice([7, 50, 1000])
-    lengths = [rng.randint(1, size) if seed % 2 else min(size, 1 + int(rng.expovariate(5 / size))) for _ in range(300)]
-    assert packed_rows(lengths, size) == first_fit_decreasing(lengths, size)
-
-
-def test_packing_at_its_limits():
-    assert packed_rows([], 5) == 0 and packed_rows([5, 5], 5) == 2 and packed_rows([1] * 11, 5) == 3
-    with pytest.raises(ValueError, match="6 tokens does not fit a row of 5"):
-        packed_rows([6, 1], 5)
-
-
 def test_padding_by_hand():
-    figures = padding([1, 9, 2, 8, 5], 2, 1, "sequential", seed=0, max_length=10)
+    figures = padding([1, 9, 2, 8, 5], 2, 1, "sequential", seed=0)
     assert figures["strategies"]["sequential"] == {"positions": 39, "padding_share": 1 - 25 / 39}  # 18 + 16 + 5
     assert figures["strategies"]["group_by_length"]["positions"] < 39
-    assert figures["packing"] == {"positions": 30, "rows": 3, "padding_share": 1 - 25 / 30}
     assert (figures["tokens"], figures["current"]) == (25, "sequential")
+    assert figures["strategies"]["packing"] == {"positions": 25, "padding_share": 0}
+    assert padding([1, 9], 2, 1, "random", seed=0, packing=True)["current"] == "packing"
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
 def test_padding_is_that_of_the_batches_of_training(strategy):
     lengths = np.random.default_rng(0).integers(1, 300, 1003).tolist()
-    figures = padding(lengths, 8, 4, strategy, seed=3, max_length=400)
+    figures = padding(lengths, 8, 4, strategy, seed=3)
     batches = list(GlobalBatchSampler(lengths, 8, accumulation=4, strategy=strategy, seed=3))
     positions = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     assert figures["strategies"][strategy] == {"positions": positions, "padding_share": 1 - sum(lengths) / positions}
@@ -214,20 +188,20 @@ def test_padding_is_that_of_the_batches_of_training(strategy):
 def test_padding_of_a_mixture_counts_what_is_drawn():
     lengths, numbers = [10] * 90 + [100] * 10, np.array([0] * 90 + [1] * 10)
     mixture = Mixture(["short", "long"], numbers, {"short": 0.5, "long": 0.5}, seed=0)
-    figures = padding(lengths, 4, 1, "random", seed=0, max_length=100, mixture=mixture)
+    figures = padding(lengths, 4, 1, "random", seed=0, mixture=mixture)
     assert figures["tokens"] == pytest.approx(50 * 10 + 50 * 100, rel=0.1)  # not 90 * 10 + 10 * 100
     assert "sequential" not in figures["strategies"]
     with pytest.raises(ValueError, match="another sampling strategy than 'sequential'"):
-        padding(lengths, 4, 1, "sequential", seed=0, max_length=100, mixture=mixture)
-    by_modality = padding(lengths, 4, 1, "group_by_length", 0, 100, mixture, np.array([True, False] * 50))
-    assert set(by_modality["strategies"]) == {"group_by_length", "random"}
+        padding(lengths, 4, 1, "sequential", seed=0, mixture=mixture)
+    by_modality = padding(lengths, 4, 1, "group_by_length", 0, mixture, np.array([True, False] * 50))
+    assert set(by_modality["strategies"]) == {"group_by_length", "random", "packing"}
 
 
 # Advice
 
 
-def advise(sizes: Sizes, max_length: int = 2048, strategy: str = "random", batch: int = 8) -> str:
-    cost = padding(sizes.column("kept"), batch, 1, strategy, 0, max_length) if len(sizes.indices) else None
+def advise(sizes: Sizes, max_length: int = 2048, strategy: str = "random", packing: bool = False) -> str:
+    cost = padding(sizes.column("kept"), 8, 1, strategy, 0, packing=packing) if len(sizes.indices) else None
     sources = {name: summary(sizes, name) for name in sizes.sources}
     return "\n".join(advice(sizes, {"sources": sources, "total": summary(sizes), "padding": cost}, max_length))
 
@@ -256,10 +230,9 @@ def test_advice_on_batches():
     assert "padding (train_sampling_strategy=random). group_by_length would have" in advise(made(mixed), 1000)
     assert "That is well chosen." in advise(made(mixed), 1000, "group_by_length")
     assert "sorting by length gains nothing here" in advise(made(even), 100, "group_by_length")
-    packing = advise(made(mixed), 1000, batch=2)
-    assert "rows of 1,000 would leave 0.0 % padding and save" in packing and "which group_by_length saves" in packing
-    assert "would save 0.0 % of the positions, which is not worth it" in advise(made(even), 100, "group_by_length")
-    assert "where group_by_length is in use" in advise(made(list(range(1, 401))), 2000, "random", batch=16)
+    assert "packing=true would have none, in random order either: " in advise(made(mixed), 1000)
+    assert "packing=true" not in advise(made(even), 100, "group_by_length")
+    assert "Batches are packed" in (text := advise(made(mixed), 1000, packing=True)) and "padding (" not in text
 
 
 def test_advice_on_sources_and_answers():

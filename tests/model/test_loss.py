@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import loss as loss_module
 from model.loss import supervised_cross_entropy
 
 B, T, H, V = 3, 11, 16, 97
@@ -119,6 +120,31 @@ def test_never_makes_more_logits_than_a_chunk():
     head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     _value_and_grads(supervised_cross_entropy, hidden, head, labels, chunk_tokens=8)
     assert max(sizes) == 8 and sum(sizes) == B * (T - 1)
+
+
+@pytest.mark.parametrize("vocabulary", [97, 5000])
+def test_the_default_bounds_logits_whatever_the_vocabulary(vocabulary, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 600)
+    hidden, labels = _inputs(supervised=1)
+    head = nn.Linear(H, vocabulary)
+    sizes = []
+    head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape))
+    _value_and_grads(supervised_cross_entropy, hidden, head, labels)
+    assert all(rows * columns <= 600 or rows == 1 for rows, columns in sizes)
+    assert sum(rows for rows, _ in sizes) == B * (T - 1)
+
+
+def test_a_head_that_zero3_trains_gets_the_same_gradients():
+    hidden, labels = _inputs(supervised=1)
+    head = _head()
+    expected = _value_and_grads(_naive, hidden, head, labels)
+    for number, parameter in enumerate(head.parameters()):
+        parameter.ds_id = number  # by which DeepSpeed's parameters are known
+    sizes = []
+    head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    found = _value_and_grads(supervised_cross_entropy, hidden, head, labels, chunk_tokens=8)
+    torch.testing.assert_close(found, expected)
+    assert max(sizes) == 8 and sum(sizes) == 2 * B * (T - 1)  # computed again in the backward pass
 
 
 def test_bad_arguments():

@@ -40,7 +40,7 @@ def test_plan_of_the_published_shapes(tmp_path, monkeypatch):
     folder = benchmark.weights_folder(args)
     benchmark.decoder_config(args).save_pretrained(folder / "decoder")
     benchmark.encoder_config(args).save_pretrained(folder / "encoder")
-    monkeypatch.setattr(benchmark, "machine", lambda device: "one GPU")
+    monkeypatch.setattr(benchmark, "circumstances", lambda device: "one GPU")
     text = benchmark.heading([], args)
     assert text.startswith("# Qwen-7B with SigLIP so400m on one GPU\n")
     assert "decoder 7,721,324,544 parameters, " in text

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from visual import ENCODERS, VisionEncoder, build_encoder
 
@@ -58,6 +59,20 @@ def test_an_image_does_not_depend_on_its_batch(arguments, name):
     encoder = build_encoder(**arguments[name])
     x = pixels(encoder, 3)
     torch.testing.assert_close(encoder(x)[1:2], encoder(x[1:2]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_of_a_view_are_those_of_a_real_pass(arguments, name):
+    encoder = build_encoder(**arguments[name])
+    with FlopCounterMode(display=False) as forward:
+        encoder(pixels(encoder, 1))
+    assert encoder.count_flops() == forward.get_total_flops() > 0
+    encoder.unfreeze()
+    with FlopCounterMode(display=False) as both:
+        encoder(pixels(encoder, 1)).sum().backward()
+    # The CPU's attention computes its scores again in the backward pass.
+    assert encoder.count_flops() == pytest.approx(both.get_total_flops(), rel=0.05)
+    assert encoder.count_flops() > 2.5 * forward.get_total_flops()
 
 
 @pytest.mark.parametrize("name", NAMES)
