@@ -7,7 +7,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
-CHUNK_LOGITS = 2**24  # that exist at a time: enough for full speed, and as many whatever the vocabulary
+CHUNK_LOGITS = 2**24  # that exist at a time at most, whatever the vocabulary
+CHUNK_TOKENS = 256  # more at a time are hardly faster
 
 
 def supervised_cross_entropy(
@@ -30,7 +31,8 @@ def supervised_cross_entropy(
         labels: `[B, T]` in the coordinates of `hidden`, not shifted.
         num_items: divisor, usually the number of supervised tokens of the global batch; the own count by default.
         chunk_tokens: supervised positions per chunk; about `3 * 4 * chunk_tokens * V` bytes are held at a time. By
-            default as many as make `CHUNK_LOGITS` logits, so that memory does not grow with the vocabulary.
+            default `CHUNK_TOKENS`, or as many as make `CHUNK_LOGITS` logits, so that memory does not grow with a
+            large vocabulary.
 
     Returns:
         Scalar float32 loss; 0 with zero gradients where nothing is supervised.
@@ -52,7 +54,7 @@ def supervised_cross_entropy(
 
 def summed_cross_entropy(rows: Tensor, targets: Tensor, head: nn.Module, chunk_tokens: int | None = None) -> Tensor:
     """Summed float32 cross entropy of `head(rows)`, rows `[S, H]`, and the ids `targets` `[S]`, a chunk at a time."""
-    chunk_tokens = chunk_tokens or max(CHUNK_LOGITS // head.out_features, 1)
+    chunk_tokens = chunk_tokens or min(max(CHUNK_LOGITS // head.out_features, 1), CHUNK_TOKENS)
     parameters = [p for p in head.parameters() if p.requires_grad]
     zero3 = any(hasattr(parameter, "ds_id") for parameter in parameters)
     if torch.is_grad_enabled() and (rows.requires_grad or parameters) and not zero3:
