@@ -22,7 +22,8 @@ from train import train
 from training import VLMTrainer
 from training.writing import Writing
 
-READ = ("trainer_state.json", "scheduler.pt", "kanjian.json", "optimizer.pt")  # with progress and configuration
+# With progress and configuration, what makes a checkpoint complete.
+READ = ("trainer_state.json", "scheduler.pt", "kanjian.json", "optimizer.pt", "rng_state.pth")
 SETTINGS = ["max_steps=6", "save_steps=2", "save_total_limit=1"]
 
 
@@ -225,7 +226,8 @@ def test_another_number_of_processes_needs_the_same_global_batch(tiny, tmp_path)
     settings = ("per_device_train_batch_size=2", "gradient_accumulation_steps=6")
     made = checkpoint(tiny, tmp_path / "run", 1, *settings)
     with pytest.raises(RunError, match=r"of 12 \(1 processes x 2 x 6\), now it would be 24 \(2 processes x 2 x 6\); to "
-                       r"continue on 2 set train.per_device_train_batch_size=2 train.gradient_accumulation_steps=3"):
+                       r"continue on 2 processes set train.per_device_train_batch_size=2 "
+                       r"train.gradient_accumulation_steps=3"):
         resume_point(tiny.config(tmp_path / "run", *settings), processes=2)
     with pytest.raises(RunError, match="set train.per_device_train_batch_size=3 train.gradient_accumulation_steps=1"):
         resume_point(tiny.config(tmp_path / "run", *settings), processes=4)
