@@ -35,6 +35,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from config import Config, ConfigError, load_config
 from dataset.feature_cache import StaleFeatures
 from dataset.rows import RecordError
+from model.optim import part_of
 from run_folder import RunError
 from sweep import write_text
 from train import make_trainer
@@ -103,11 +104,6 @@ class RangeTest(VLMTrainer):
         if "loss" in logs:
             self.step_losses.append(logs["loss"])
             self.control.should_training_stop |= has_diverged(smooth(self.step_losses))
-
-
-def part_of(group: dict) -> str:
-    """"lora", "projector", ... of an optimizer group."""
-    return group["name"].partition("_")[0]
 
 
 def find(config: Config, part: str = ALL, first: float = 1e-6, last: float = 1.0, steps: int = 100) -> Finding | None:

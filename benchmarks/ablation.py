@@ -48,7 +48,17 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from benchmarks.measure import RESULTS, append_results, markdown_table, now, peak_memory, report, reset_peak, run_worker
+from benchmarks.measure import (
+    RESULTS,
+    add_shapes,
+    append_results,
+    markdown_table,
+    now,
+    peak_memory,
+    report,
+    reset_peak,
+    run_worker,
+)
 from benchmarks.train_step import PATCH, load_llava, write_weights
 from build import build_views, load_dataset
 from cache_features import fill
@@ -111,12 +121,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny shapes, for tests")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[name for name, row in ROWS.items() if row.default])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=151936)
+    add_shapes(parser)
     parser.add_argument("--image-tokens", type=int, default=196, help="a square number: 196, 576 or 729, say")
-    parser.add_argument("--encoder-width", type=int, default=256)
-    parser.add_argument("--encoder-layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8, help="measured steps, an epoch")

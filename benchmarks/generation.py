@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from benchmarks import train_step
-from benchmarks.measure import RESULTS, Conversation, append_results, markdown_table, now, report
+from benchmarks.measure import RESULTS, Conversation, add_shapes, append_results, markdown_table, now, report
 from model import MultiModalModel
 from model.decoder import load_decoder
 from model.export import qwen2_config, qwen2_state
@@ -48,14 +48,10 @@ SMALL = {
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes, for tests")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=151936)
+    add_shapes(parser)
     parser.add_argument("--image-tokens", type=int, default=196, help="a square number")
     parser.add_argument("--prompt-tokens", type=int, default=24)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--encoder-width", type=int, default=256)
-    parser.add_argument("--encoder-layers", type=int, default=4)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5, help="measured generations, after one that is not")

@@ -1,5 +1,6 @@
 """What several benchmarks share: peak memory, time, worker processes, tables, and the file of results."""
 
+import argparse
 import datetime
 import json
 import os
@@ -88,6 +89,16 @@ class Conversation:
     def end(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+# Arguments
+
+
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """Sizes of the decoder and the encoder that systems are compared with."""
+    for name, size in (("hidden", 512), ("layers", 8), ("vocabulary", 151936), ("encoder-width", 256),
+                       ("encoder-layers", 4)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=size)
 
 
 # Text

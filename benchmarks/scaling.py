@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import train_step
-from benchmarks.measure import RESULTS, append_results, markdown_table, now, report, run_worker
+from benchmarks.measure import RESULTS, add_shapes, append_results, markdown_table, now, report, run_worker
 from benchmarks.qwen7b import PeakMemory
 
 LOADERS = {"kanjian": train_step.load_kanjian, "llava": train_step.load_llava}
@@ -44,16 +44,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes, for tests")
     parser.add_argument("--parts", nargs="+", choices=["time", "memory"], default=["time", "memory"])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=151936, help="where time is measured")
+    add_shapes(parser)
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[1024, 16384, 65536, 151936, 262144])
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], help="T")
     parser.add_argument("--shares", nargs="+", type=float, default=[1 / 16, 1 / 4, 1 / 2], help="supervised, of T")
     parser.add_argument("--tokens", type=int, default=2048, help="T where memory is measured")
     parser.add_argument("--image-tokens", type=int, default=64, help="a square number")
-    parser.add_argument("--encoder-width", type=int, default=256)
-    parser.add_argument("--encoder-layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds, after one that is not")

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.measure import Conversation, peak_memory, reset_peak
+from benchmarks.measure import Conversation, add_shapes, peak_memory, reset_peak
 from model import MultiModalModel
 from model.export import LINEAR_NAMES, qwen2_config, qwen2_state
 from model.export_llava import PROJECTOR_NAMES
@@ -51,15 +51,11 @@ PATCH = 16  # pixels; LLaVA's image tokens are the patches without the class tok
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes, for tests")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=151936)
+    add_shapes(parser)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--image-tokens", type=int, default=196, help="a square number")
     parser.add_argument("--prompt-tokens", type=int, default=24)
     parser.add_argument("--answer-tokens", type=int, default=64)
-    parser.add_argument("--encoder-width", type=int, default=256)
-    parser.add_argument("--encoder-layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=5, help="measured steps")

@@ -34,6 +34,11 @@ def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: fl
     return groups
 
 
+def part_of(group: dict) -> str:
+    """"lora", "projector", "decoder" or "encoder", of a group of `parameter_groups`."""
+    return group["name"].partition("_")[0]
+
+
 def trained_part(name: str) -> str:
     """"lora", "projector", "decoder" or "encoder", from the name of a parameter of a `MultiModalModel`."""
     return "lora" if ".lora_" in name else name.partition(".")[0]

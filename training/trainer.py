@@ -27,7 +27,8 @@ from config import Config, ConfigError
 from dataset.mixture import Mixture
 from dataset.sampler import GlobalBatchSampler
 from model.encoding import encode_ahead
-from model.optim import parameter_groups
+from model.flops import supervised_tokens
+from model.optim import parameter_groups, part_of
 from run_folder import RunError
 from training.answers import SHOWN, Answers
 from training.arguments import learning_rates, training_arguments
@@ -196,7 +197,7 @@ class VLMTrainer(Checkpoints, Devices, Watching, Trainer):
         self.callback_handler.eval_dataloader = dataloader
         totals = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
         for samples, batch in zip(dataloader.batch_sampler, dataloader, strict=True):
-            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            tokens = supervised_tokens(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 loss = float(self.model(**self._prepare_inputs(batch), num_items_in_batch=1).loss)
             if not math.isfinite(loss):
@@ -250,7 +251,7 @@ class LoopCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         groups = self.trainer.optimizer.param_groups
-        self.trainer.rates = {f"{group['name'].partition('_')[0]}_lr": group["lr"] for group in groups}
+        self.trainer.rates = {f"{part_of(group)}_lr": group["lr"] for group in groups}
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.speed.step_done()

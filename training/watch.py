@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from model.optim import part_of
+
 NAMED_RECORDS = 64  # of a batch that goes wrong
 
 
@@ -90,7 +92,7 @@ def gradient_norms(groups: Sequence[dict], total: float) -> dict[str, float]:
     parts: dict[str, list[Tensor]] = {}
     for group in groups:
         gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-        parts.setdefault(group["name"].partition("_")[0], []).extend(gradients)
+        parts.setdefault(part_of(group), []).extend(gradients)
     norms = {part: whole(get_total_norm(gradients)) for part, gradients in parts.items() if gradients}
     if not norms:
         return {}
