@@ -19,7 +19,7 @@ import errno
 import sys
 from pathlib import Path
 
-from inference import add_model_arguments, load_model
+from chat.loading import add_model_arguments, load_model
 from model import MultiModalModel
 from model.export import export_merged, export_qwen2, longest_text, new_folder
 from model.export_llava import export_llava

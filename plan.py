@@ -17,6 +17,7 @@ from torch import nn
 
 from build import build_empty_model, max_length
 from config import Config, ConfigError, load_config
+from dataset.text_table import text_table
 from model import MultiModalModel
 from model.memory import (
     StepMemory,
@@ -27,7 +28,7 @@ from model.memory import (
     step_memory,
     validation_memory,
 )
-from model.table import model_parts, text_table
+from model.table import model_parts
 
 GIB = 2**30
 RESERVED = GIB  # of a GPU: CUDA context and workspaces of cuBLAS and NCCL, which are no tensors

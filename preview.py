@@ -18,10 +18,8 @@ exit status is 1 if training would refuse a record. All records are measured on 
 
 import argparse
 import json
-import os
 import random
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +29,14 @@ import numpy as np
 from config import Config, ConfigError, load_config, read_config
 from dataset.advice import advice
 from dataset.dataset import RecordDataset
+from dataset.files import write_text
 from dataset.mixture import Mixture
 from dataset.record import Records, read_records
 from dataset.statistics import Sizes, measure, padding, summary
-from model.table import text_table
+from dataset.text_table import text_table
 from page.cards import card, choose
-from page.render import histogram, number, render, share, upper_end
+from page.render import histogram, render, upper_end
+from page.text import number, share
 
 COUNT = 12  # records on the page
 SOURCES = 50  # that are told apart; the smallest of more are one
@@ -178,8 +178,8 @@ def write(
     report = figures(data, sizes, indices is not None, seed, decode)
     cards = {index: card(data.measured, index, labels, data.image_root)
              for index, labels in choose(sizes, count, seed).items()}  # fmt: skip
-    replace_file(output, page(data, sizes, report, cards))
-    replace_file(output.with_suffix(".json"), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    write_text(page(data, sizes, report, cards), output)
+    write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", output.with_suffix(".json"))
     return report
 
 
@@ -353,14 +353,6 @@ def printable(text: str, most: int = 400) -> str:
     """A text from data on one line, without what a terminal would obey; its beginning if it is long."""
     line = "".join(letter if letter.isprintable() else " " for letter in text[: most + 1])
     return line if len(line) <= most else f"{line[: most - 1]}…"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-        temporary = Path(folder, path.name)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ leaves in the run's folder
     report.md      the same as tables, each figure beside its target
     losses.png     the loss of every stage
     sheet.png      test pictures with questions, right answers and the model's
+    test/, compositional/    of each test set `report.html`, a page with all questions and answers, and its figures
 """
 
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -22,9 +24,12 @@ import torch
 from matplotlib import font_manager, pyplot
 from PIL import Image
 
+from dataset.files import write_text
 from dataset.record import read_records
-from evaluate import evaluate, normalise, write_text
+from evaluation.answering import evaluate
+from evaluation.metrics import normalise
 from model import MultiModalModel
+from run_folder import RunError
 from training.curves import draw_loss, read_history, save_figure
 
 TARGETS = {"colour": 0.95, "shape": 0.95, "existence": 0.95, "count": 0.95, "position": 0.95, "digit": 0.85}
@@ -42,12 +47,13 @@ def main() -> None:
     model = MultiModalModel.from_pretrained(arguments.run, attn_implementation="eager")
     results = {}
     for split in ("test", "compositional"):
-        records = list(read_records(arguments.scenes / f"{split}.parquet"))
+        file = arguments.scenes / f"{split}.parquet"
+        records = list(read_records(file))
         if arguments.limit:
             records = random.Random(0).sample(records, min(arguments.limit, len(records)))
         results[split] = evaluate(
-            model, records, arguments.scenes / "images", batch_size=128, max_new_tokens=4,
-            predictions_file=arguments.run / f"predictions_{split}.jsonl",
+            model, records, arguments.scenes / "images", batch_size=128, max_new_tokens=4, output=arguments.run / split,
+            overwrite=True, described={"checkpoint_path": str(arguments.run), "data": str(file)},
         )  # fmt: skip
     report = {**results["test"], "compositional": results["compositional"]}
     evaluation = sum(result["seconds"]["total"] for result in results.values())
@@ -60,6 +66,7 @@ def main() -> None:
     # Last of all: train.sh takes a run that has it for finished.
     write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", arguments.run / "report.json")
     print(f"\nWritten to {arguments.run}: report.json, report.md, losses.png, sheet.png")
+    print(f"Every question, picture and answer: {arguments.run}/test/report.html")
 
 
 def stage_seconds(run: Path) -> dict[str, float]:
@@ -77,29 +84,32 @@ def tables(report: dict) -> str:
              "|---|---:|---:|---:|---:|---:|---:|"]
 
     def row(name: str, figures: dict, target: float | None = None) -> None:
-        shares = [figures[key] for key in ("real", "blind", "shuffled", "majority")]
+        shares = [*(figures[key]["value"] for key in ("real", "blind", "shuffled")), figures["majority"]]
         cells = [name, *(f"{100 * share:.1f} %" for share in shares), str(figures["n"])]
         if target is None:
             cells.append("")
         else:
-            cells.append(f"{100 * target:.0f} %" + ("" if figures["real"] >= target else " **missed**"))
+            cells.append(f"{100 * target:.0f} %" + ("" if figures["real"]["value"] >= target else " **missed**"))
         lines.append("| " + " | ".join(cells) + " |")
 
+    groups = report["groups"]
     for kind, target in TARGETS.items():
-        if kind in report["by_type"]:
-            row(kind, report["by_type"][kind], target)
-    row("**all**", {**report, **report["accuracy"]})
-    for name, title in (("language", ""), ("num_objects", " objects"), ("type_language", ""), ("type_num_objects", "")):
-        for key, figures in report[f"by_{name}"].items():
-            row(key + title, figures)
-    compositional = report["compositional"]
-    row("unseen pairs of colour and shape", {**compositional, **compositional["accuracy"]}, COMPOSITIONAL_TARGET)
-    looks = report["looks"]
+        if kind in groups["type"]:
+            row(kind, groups["type"][kind], target)
+    row("**all**", report["score"])
+    titles = {"language": "", "num_objects": " objects", "type x language": "", "type x num_objects": ""}
+    for name, title in titles.items():
+        for key, figures in groups[name].items():
+            row(key.replace(" x ", "/") + title, figures)
+    row("unseen pairs of colour and shape", report["compositional"]["score"], COMPOSITIONAL_TARGET)
+    lost = {name: 100 * report["looking"][name]["value"] for name in ("gain", "gain_over_shuffled")}
     lines += [
         "",
-        f"The model looks: without its image it loses {100 * looks['real_minus_blind']:.1f} points, "
-        f"with another image {100 * looks['real_minus_shuffled']:.1f}.",
+        f"The model looks: without its image it loses {lost['gain']:.1f} points, with another image "
+        f"{lost['gain_over_shuffled']:.1f}.",
     ]
+    if (looking := report["looking"]["looking_score"]) is not None:
+        lines[-1] += f" Looking score: {looking['value']:.3f}."
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items())
     lines.append(f"Seconds: {stages}.")
     return "\n".join(lines)
@@ -126,12 +136,11 @@ def draw_sheet(run: Path, images: Path, columns: int = 6, rows: int = 2) -> None
     installed = {font.name for font in font_manager.fontManager.ttflist}
     chinese = next((font for font in CHINESE_FONTS if font in installed), None)
     answers: dict[str, list[dict]] = {}
-    for line in (run / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (run / "test" / "rows.jsonl").read_text(encoding="utf-8").splitlines():
         answer = json.loads(line)
         if answer["meta"]["language"] == "en" or chinese:
             answers.setdefault(answer["images"][0], []).append(answer)
     rng = random.Random(0)
-    texts = {record["id"]: record["messages"][0]["content"] for record in read_records(images.parent / "test.parquet")}
     fonts = {"font.family": [chinese, "DejaVu Sans"] if chinese else ["DejaVu Sans"]}
     with pyplot.rc_context(fonts):
         figure, axes = pyplot.subplots(
@@ -145,9 +154,10 @@ def draw_sheet(run: Path, images: Path, columns: int = 6, rows: int = 2) -> None
             picture, text = axes[2 * row, column], axes[2 * row + 1, column]
             picture.imshow(Image.open(images / image))
             for number, answer in enumerate(rng.sample(answers[image], min(3, len(answers[image])))):
-                right = normalise(answer["real"]) == normalise(answer["answer"])
-                said = answer["real"] if right else f"{answer['real']}  (right: {answer['answer']})"
-                question = texts[answer["id"]].removeprefix("<image>\n")
+                said = answer["conditions"]["real"]["answer"]
+                right = normalise(said) == normalise(answer["answer"])
+                said += "" if right else f"  (right: {answer['answer']})"
+                question = answer["turns"][0]["content"].removeprefix("<image>\n")
                 text.text(0, 1 - number / 3, question, va="top", fontsize=10, color="0.25")
                 colour = "tab:green" if right else "tab:red"
                 text.text(0, 0.86 - number / 3, said, va="top", fontsize=10, weight="bold", color=colour)
@@ -156,4 +166,7 @@ def draw_sheet(run: Path, images: Path, columns: int = 6, rows: int = 2) -> None
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main()
+    try:
+        main()
+    except (OSError, ValueError, RunError) as error:  # files of the user, or a folder in use: the message says what
+        sys.exit(f"report.py: {error}")

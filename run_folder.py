@@ -109,8 +109,10 @@ class Division:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, setting: str = "train.output_dir") -> Iterator[None]:
     """Keeps other runs out of an output folder within it; the lock ends with this process, however that ends.
+
+    `setting` is where the user named the folder, for messages.
 
     Raises:
         RunError: another run holds the folder, or it can't be written.
@@ -119,13 +121,13 @@ def held(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "w")  # noqa: SIM115  closed below
     except OSError as error:
-        raise RunError(f"train.output_dir={folder} can't be written: {error}") from error
+        raise RunError(f"{setting}={folder} can't be written: {error}") from error
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                problem = f"another run is at work in {folder}: wait for it, or choose another train.output_dir"
+                problem = f"another run is at work in {folder}: wait for it, or choose another {setting}"
                 raise RunError(problem) from None
             # A file system without locks; there nothing keeps two runs apart.
         yield

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ConfigError, leaves, load_config, resolve_keys, split_arguments
+from dataset.text_table import text_table
 
 ROOT = Path(__file__).parent
 # Texts in which a comma is nothing but a comma: they are written for a reader, or name a place.
@@ -354,8 +355,6 @@ def _write_json(outcomes: Sequence[Outcome], folder: Path) -> None:
 
 def write_results(outcomes: Sequence[Outcome], folder: Path) -> str:
     """Writes sweep.json, sweep.md and, where there are validation losses, sweep.png; returns the table as text."""
-    from model.table import text_table
-
     ordered = sorted(outcomes, key=_rank)
     rows = result_rows(ordered)
     right = range(len(ordered[0].values), len(rows[0]))

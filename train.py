@@ -29,10 +29,11 @@ from dataset.collator import Collator
 from dataset.feature_cache import StaleFeatures
 from dataset.rows import RecordError
 from dataset.sampler import ONE_BLOCK
+from dataset.text_table import text_table
 from model.decoder import compile_blocks
 from model.optim import parameter_groups
 from model.packing import enable_packing
-from model.table import module_table, text_table
+from model.table import module_table
 from run_folder import RunError, held, resume_point
 from training import VLMTrainer, learning_rates, training_arguments
 from training.checkpoints import unusable

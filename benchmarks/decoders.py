@@ -17,9 +17,9 @@ from pathlib import Path
 
 from config import read_config
 from dataset.record import read_records
-from evaluate import evaluate
+from dataset.text_table import text_table
+from evaluation.answering import evaluate
 from model import MultiModalModel
-from model.table import text_table
 from pretrain.decoder import ARCHITECTURES
 
 OUTPUT = Path("outputs/decoders")
@@ -71,9 +71,9 @@ def measure(
         for split in ("test", "compositional")
     }  # fmt: skip
     test = reports["test"]
-    by_type = {name: figures["real"] for name, figures in test["by_type"].items()}
-    shares = [by_type[name] for name in TYPES] + [test["accuracy"][c] for c in ("real", "blind", "shuffled")]
-    shares.append(reports["compositional"]["accuracy"]["real"])
+    cells = [test["groups"]["type"][name]["real"] for name in TYPES]
+    cells += [test["score"][condition] for condition in ("real", "blind", "shuffled")]
+    shares = [cell["value"] for cell in (*cells, reports["compositional"]["score"]["real"])]
     count = sum(p.numel() for p in model.language_model.parameters()) - sum(
         p.numel() for name, p in model.decoder.named_parameters() if ".lora_" in name
     )

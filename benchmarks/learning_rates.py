@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 from benchmarks.measure import RESULTS, append_results, markdown_table, report
 from cache_features import fill
 from config import load_config
+from dataset.files import write_text
 from dataset.record import read_records
-from evaluate import evaluate, write_text
+from evaluation.answering import evaluate
 from model import MultiModalModel
 from sweep import Run, run_all
 from training.curves import read_history, save_figure
@@ -118,7 +119,7 @@ def right_answers(folder: Path, questions: int) -> float:
         model = MultiModalModel.from_pretrained(folder, attn_implementation="eager")
         records = read_records(SCENES / "test.parquet")[:questions]
         found = evaluate(model, records, SCENES / "images", conditions=("real",), batch_size=128, max_new_tokens=4)
-        write_text(json.dumps(found["accuracy"]["real"]), file)
+        write_text(json.dumps(found["score"]["real"]["value"]), file)
     return json.loads(file.read_text())
 
 

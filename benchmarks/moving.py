@@ -15,8 +15,10 @@ from pathlib import Path
 from benchmarks.decoders import RUN as DEFAULT_RUN
 from benchmarks.decoders import SCENES, print_table, start
 from config import read_config
+from dataset.files import write_text
 from dataset.record import read_records
-from evaluate import CONDITIONS, evaluate, write_text
+from evaluation.answering import evaluate
+from evaluation.order import CONDITIONS
 from model import MultiModalModel
 
 MOVING, RUN = Path("data/moving"), Path("outputs/moving")
@@ -37,13 +39,13 @@ def main() -> None:
     report = evaluate(model, records, MOVING / "clips", batch_size=128, max_new_tokens=4)
     write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", RUN / "report.json")
     header = ("question", *CONDITIONS, "questions")
-    rows = [(name, *figures(cell)) for name, cell in report["by_type"].items()]
-    rows.append(("all", *figures({**report, **report["accuracy"]})))
+    rows = [(name, *figures(cell)) for name, cell in report["groups"]["type"].items()]
+    rows.append(("all", *figures(report["score"])))
     print_table(header, rows)
 
 
 def figures(cell: dict) -> tuple[str, ...]:
-    return *(f"{100 * cell[condition]:.1f} %" for condition in CONDITIONS), f"{cell['n']:,}"
+    return *(f"{100 * cell[condition]['value']:.1f} %" for condition in CONDITIONS), f"{cell['n']:,}"
 
 
 def make(overrides: list[str]) -> None:

@@ -34,7 +34,7 @@ from dataset.collator import Collator
 from dataset.dataset import RecordDataset
 from dataset.record import Records, read_records, write_records
 from dataset.sampler import GlobalBatchSampler
-from model.table import text_table
+from dataset.text_table import text_table
 from qwen.tokenization_qwen import QWenTokenizer, write_ranks
 from visual import build_encoder
 from visual.media import Media

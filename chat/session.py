@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,15 +17,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from dataset.rows import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from dataset.template import encode_prompt
-from model import MultiModalModel
+from model import GREEDY, MultiModalModel
 from visual.image import File, load_image, name_of
 from visual.media import Views
 from visual.video import load_frames
-
-# In place of the decoder's own settings of the same names, such as Qwen-7B-Chat's sampling with top_p 0.8.
-GREEDY = {
-    "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +64,17 @@ class Exchange:
     stopped: bool = False
 
 
+class PromptTooLong(ValueError):
+    """A conversation of more `tokens` than a session allows, which are `most`."""
+
+    def __init__(self, tokens: int, most: int):
+        super().__init__(
+            f"the conversation has {tokens} tokens with its pictures, but at most {most} are taken: ask a shorter "
+            "question, show fewer pictures, or begin anew"
+        )
+        self.tokens, self.most = tokens, most
+
+
 class Session:
     """Questions and answers so far, their pictures and clips, and those that wait for the next question.
 
@@ -75,6 +82,9 @@ class Session:
 
     Args:
         system: text of the system turn, or None for none. It may be changed between questions, as may
+        max_prompt_tokens: how long a conversation may be that is answered, pictures and clips included, beside the
+            `max_position_embeddings` of the decoder's configuration, beyond which it says nothing of sense. Time and
+            memory until the first word grow with it, by its square in the end.
         generation: arguments of transformers' `generate`, and `seed`, an integer that makes drawn answers repeatable;
             by default the answer is greedy and ends after 512 tokens.
 
@@ -83,12 +93,16 @@ class Session:
         waiting: pictures and clips that the next question will show.
     """
 
-    def __init__(self, model: MultiModalModel, system: str | None = None, **generation):
+    def __init__(
+        self, model: MultiModalModel, system: str | None = None, max_prompt_tokens: int | None = None, **generation
+    ):
         self.model, self.system = model, system
+        positions = getattr(model.language_model.config, "max_position_embeddings", None)
+        self.max_prompt_tokens = min((most for most in (max_prompt_tokens, positions) if most), default=None)
         self.generation = {**GREEDY, "max_new_tokens": 512, **generation}
         self.exchanges: list[Exchange] = []
         self.waiting: list[Shown] = []
-        self._stop, self._answering = threading.Event(), threading.Lock()
+        self._stopping, self._answering = _Stopping(), threading.Lock()
 
     @property
     def messages(self) -> list[dict]:
@@ -130,14 +144,17 @@ class Session:
     def stream(self, text: str) -> Iterator[str]:
         """The answer to `text` so far, again with each new piece of it; with beams once, at its end.
 
-        The exchange joins the history when the answer ends. Closing the iterator, or `stop`, ends it early: what was
-        said by then is the answer; if that is nothing, or something fails, all is as if nothing had been asked.
+        The exchange joins the history when the answer ends. Closing the iterator, or `stop` at any time after this
+        call, ends it early: what was said by then is the answer; if that is nothing, or something fails, all is as if
+        nothing had been asked.
 
-        Raises:
+        Raises, when the iterator is read:
             RuntimeError: another answer of this session has not ended; or what the model raises, memory for example.
-            ValueError: the conversation is too long for the model, or `generation` does not go together.
+            PromptTooLong: the conversation is longer than `max_prompt_tokens`; the model has not begun.
+            ValueError: the conversation is too long for the model, `generation` does not go together, or `text` is not
+                valid text.
         """
-        yield from self._answer(text, list(self.waiting), list(self.exchanges))
+        return self._answer(text, list(self.waiting), list(self.exchanges), self._may_be_stopped())
 
     def ask(self, text: str) -> str:
         """The answer to `text`; otherwise as `stream`."""
@@ -152,11 +169,11 @@ class Session:
         if not self.exchanges:
             raise ValueError("there is no answer yet that could be given again")
         last = self.exchanges[-1]
-        yield from self._answer(last.question, last.shown, self.exchanges[:-1])
+        return self._answer(last.question, last.shown, self.exchanges[:-1], self._may_be_stopped())
 
     def stop(self) -> None:
-        """Ends the answer that is being generated, from another thread or a signal handler."""
-        self._stop.set()
+        """Ends the answer that is being generated or about to be, from another thread or a signal handler."""
+        self._stopping.wanted = True
 
     def undo(self) -> Exchange | None:
         """Takes the last exchange back; returns it, or None where there is none."""
@@ -166,16 +183,31 @@ class Session:
         """Forgets turns, pictures and clips."""
         self.exchanges, self.waiting = [], []
 
-    def _answer(self, question: str, shown: list[Shown], before: list[Exchange]) -> Iterator[str]:
+    def _may_be_stopped(self) -> "_Stopping":
+        """What `stop` acts on from now on, unless it has an answer that is being generated."""
+        stopping = _Stopping()
+        if not self._answering.locked():
+            self._stopping = stopping
+        return stopping
+
+    def _answer(
+        self, question: str, shown: list[Shown], before: list[Exchange], stopping: "_Stopping"
+    ) -> Iterator[str]:
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair: bytes of a shell that are no UTF-8, or bad JSON
+            raise ValueError(f"the question is no valid text: {error}") from error
         if not self._answering.acquire(blocking=False):
             raise RuntimeError("the last question is still being answered; stop that answer first")
         try:
-            self._stop.clear()
+            self._stopping = stopping
             messages = [*_messages(before), _question(question, shown)]
             media = [*(one for exchange in before for one in exchange.shown), *shown]
             tokenizer = self.model.tokenizer
             prompt = encode_prompt(messages, tokenizer, [len(one.features) for one in media], self.system)
-            run = _Generation(self.model, prompt, _features(media), self.generation, self._stop)
+            if self.max_prompt_tokens is not None and len(prompt) > self.max_prompt_tokens:
+                raise PromptTooLong(len(prompt), self.max_prompt_tokens)
+            run = _Generation(self.model, prompt, _features(media), self.generation, stopping)
             try:
                 yield from run
             finally:  # reached too when the iterator is closed
@@ -232,16 +264,15 @@ class Session:
 class _Generation:
     """An answer that a thread generates: iterate over its text so far, then `finish`."""
 
-    def __init__(self, model, prompt: list[int], features: Tensor | None, generation: dict, stop: threading.Event):
+    def __init__(self, model, prompt: list[int], features: Tensor | None, generation: dict, stopping: "_Stopping"):
         arguments = dict(generation)
-        self._model, self._prompt, self._features, self._stop = model, prompt, features, stop
+        self._model, self._prompt, self._features, self._stopping = model, prompt, features, stopping
         self._seed = arguments.pop("seed", None)
         self._streams = arguments.get("num_beams", 1) == 1
         self._arguments = arguments
         # Its queue also tells the reader that the thread has ended, with or without an error.
         self._streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._ids: list[int] = []
-        self._stopping = _Stopping(stop)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -269,15 +300,19 @@ class _Generation:
         Raises:
             Exception: what the thread raised.
         """
-        if self._thread.is_alive():
-            self._stop.set()
-            self._thread.join()
+        while self._thread.is_alive():
+            self._stopping.wanted = True
+            with suppress(KeyboardInterrupt):  # one after the first: the model must be free before the next question
+                self._thread.join()
         if self._error is not None:
             raise self._error
         return self._ids
 
     def _run(self) -> None:
         try:
+            if self._stopping.wanted:  # before it began: the first token may take long
+                self._stopping.stopped = True
+                return
             if self._seed is not None:
                 set_seed(self._seed)
             ids = self._model.generate(
@@ -295,13 +330,16 @@ class _Generation:
 
 
 class _Stopping(StoppingCriteria):
-    """Ends all rows once the event is set, and knows whether it did."""
+    """Ends all rows once that is `wanted`; `stopped` says whether it did.
 
-    def __init__(self, stop: threading.Event):
-        self._stop, self.stopped = stop, False
+    A plain attribute, as a signal handler sets it: an event's lock may be held by what the signal interrupts.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = self.stopped = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        self.stopped = self.stopped or self._stop.is_set()
+        self.stopped = self.stopped or self.wanted
         return torch.full((len(input_ids),), self.stopped, device=input_ids.device, dtype=torch.bool)
 
 
@@ -332,7 +370,7 @@ def _copy(shown: Shown, folder: Path, stem: str) -> str:
     """Copies a picture or a clip into a folder as it is; returns the name it has there."""
     folder.mkdir(exist_ok=True)
     if isinstance(shown.source, Image.Image):
-        shown.source.save(folder / f"{stem}.png")
+        load_image(shown.source).save(folder / f"{stem}.png")  # upright and RGB, as the model was shown it
         return f"{stem}.png"
     suffix = Path(name_of(shown.source)).suffix or (".png" if shown.kind == "image" else ".mp4")
     if isinstance(shown.source, io.IOBase):

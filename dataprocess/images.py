@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
 
+# Formats that training reads, as in `visual.image`.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "TGA")
 LARGEST = 1 << 30  # bytes of a file; with Pillow's limit of pixels, no image needs as many
 
 
@@ -35,7 +37,7 @@ def check_image(path: str) -> Checked:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # just above the limit Pillow only warns
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 image.draft(None, (1, 1))
                 image.load()
                 if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -44,7 +46,7 @@ def check_image(path: str) -> Checked:
         hint = "if the file is to be trusted, scale it down"
         return Checked(None, "image too large", f"{path}: {error}; {hint}")
     except Image.UnidentifiedImageError:
-        return Checked(None, "image unreadable", f"{path}: not an image in a format that Pillow reads")
+        return Checked(None, "image unreadable", f"{path}: not an image in a format that is read")
     except Exception as error:  # on corrupt data Pillow raises nearly anything, SyntaxError and IndexError included
         return Checked(None, "image unreadable", f"{path}: {str(error) or type(error).__name__}")
     return Checked(hashlib.blake2b(content, digest_size=16).hexdigest())

@@ -84,12 +84,18 @@ Scene = tuple[Thing, ...]  # in reading order
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene with its one right answer; `pair` is the colour and shape it turns on, if it is one."""
+    """A question about a scene with its one right answer.
+
+    Attributes:
+        pair: the colour and shape it turns on, if it is one.
+        thing: the object that it asks about, if it is exactly one.
+    """
 
     type: str
     text: str
     answer: str
     pair: tuple[str, str] | None = None
+    thing: Thing | None = None
 
 
 def split_of(scene: Scene) -> str:
@@ -135,7 +141,14 @@ def handwriting(split: str) -> dict[int, np.ndarray]:
 
 def paint(scene: Scene, rng: random.Random, split: str) -> Image.Image:
     """The picture of a scene, RGB, `IMAGE_SIZE` pixels a side; `split` chooses the handwriting."""
-    image = background(rng)
+    return paint_with_boxes(scene, rng, split)[0]
+
+
+def paint_with_boxes(
+    scene: Scene, rng: random.Random, split: str
+) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """The picture, and (left, top, right, bottom) in pixels of the square that each object is painted in."""
+    image, boxes = background(rng), []
     for thing in scene:
         if thing.shape == DIGIT:
             pieces = handwriting(split)[thing.digit]
@@ -148,7 +161,8 @@ def paint(scene: Scene, rng: random.Random, split: str) -> Image.Image:
         x = thing.cell % 3 * CELL + rng.randint(0, CELL - size)
         y = thing.cell // 3 * CELL + rng.randint(0, CELL - size)
         image.paste(shade(thing.colour, rng), (x, y), mask)
-    return image
+        boxes.append((x, y, x + size, y + size))
+    return image, boxes
 
 
 # ------------------------------------------------------------------------------------------------------ questions
@@ -174,26 +188,34 @@ def caption(scene: Scene, language: str) -> str:
 def questions(scene: Scene, rng: random.Random, language: str) -> list[Question]:
     """Unambiguous questions about a scene, shuffled; as many existence questions are denied as affirmed."""
 
-    def ask(kind: str, template: str, slots: tuple[str, ...], answer: str, pair: tuple[str, str] | None = None) -> None:
+    def ask(
+        kind: str,
+        template: str,
+        slots: tuple[str, ...],
+        answer: str,
+        pair: tuple[str, str] | None = None,
+        thing: Thing | None = None,
+    ) -> None:
         text = TEMPLATES[language][template].format(*(word(slot, language) for slot in slots))
-        asked.append(Question(kind, text, word(answer, language), pair))
+        asked.append(Question(kind, text, word(answer, language), pair, thing))
 
     asked: list[Question] = []
     shapes, colours = [thing.shape for thing in scene], [thing.colour for thing in scene]
     present = set(zip(colours, shapes, strict=True))
     for thing in scene:
         cell, pair = CELLS[thing.cell], (thing.colour, thing.shape)
-        ask("colour", "colour at", (cell,), thing.colour, pair)
-        ask("shape", "shape of", (cell,), thing.shape, pair)
+        ask("colour", "colour at", (cell,), thing.colour, pair, thing)
+        ask("shape", "shape of", (cell,), thing.shape, pair, thing)
         if shapes.count(thing.shape) == 1:
-            ask("colour", "colour of", (thing.shape,), thing.colour, pair)
-            ask("position", "position of", (thing.shape,), cell, pair)
+            ask("colour", "colour of", (thing.shape,), thing.colour, pair, thing)
+            ask("position", "position of", (thing.shape,), cell, pair, thing)
         if colours.count(thing.colour) == 1:
-            ask("shape", "shape of", (thing.colour,), thing.shape, pair)
-            ask("position", "position colour", (thing.colour,), cell, pair)
+            ask("shape", "shape of", (thing.colour,), thing.shape, pair, thing)
+            ask("position", "position colour", (thing.colour,), cell, pair, thing)
         if thing.digit is not None:
-            ask("digit", "digit", (), str(thing.digit), pair)
-        ask("existence", "existence", pair, "yes", pair)
+            ask("digit", "digit", (), str(thing.digit), pair, thing)
+        alone = list(zip(colours, shapes, strict=True)).count(pair) == 1
+        ask("existence", "existence", pair, "yes", pair, thing if alone else None)
         # Half of what is denied is made of a colour and a shape that do occur, but apart. Held-out pairs are never
         # asked after where they are absent, or training would teach that they don't exist; beside one that is present,
         # which occurs in testing alone, another one is denied.
@@ -266,16 +288,21 @@ def training_records(name: str, split: str, scene: Scene, rng: random.Random, tu
                 yield picture_record(f"{name}.{language}{part}", split, chosen, language=language)
 
 
-def test_records(name: str, split: str, scene: Scene, rng: random.Random) -> Iterator[dict]:
-    """One question of each type in each language; in the compositional split only about held-out pairs."""
+def test_questions(split: str, scene: Scene, rng: random.Random) -> dict[tuple[str, str], Question]:
+    """(language, type) -> a question; in the compositional split only about held-out pairs."""
+    asked: dict[tuple[str, str], Question] = {}
     for language in LANGUAGES:
-        asked = {}
         for question in questions(scene, rng, language):
             if split != "compositional" or question.pair in HELD_OUT:
-                asked.setdefault(question.type, question)
-        for kind, question in asked.items():
-            meta = {"type": kind, "language": language, "num_objects": len(scene)}
-            yield picture_record(f"{name}.{language}-{kind}", split, [question], **meta)
+                asked.setdefault((language, question.type), question)
+    return asked
+
+
+def test_records(name: str, split: str, scene: Scene, rng: random.Random) -> Iterator[dict]:
+    """One question of each type in each language."""
+    for (language, kind), question in test_questions(split, scene, rng).items():
+        meta = {"type": kind, "language": language, "num_objects": len(scene)}
+        yield picture_record(f"{name}.{language}-{kind}", split, [question], **meta)
 
 
 def text_record(index: int, rng: random.Random, turns: int) -> dict:
@@ -305,11 +332,16 @@ def words() -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
+def start_of(split: str, index: int, seed: int) -> tuple[random.Random, Scene]:
+    """The layout of picture `index` of a split, and the generator that goes on to paint it and to ask about it."""
+    rng = random.Random(f"{seed} {split} {index}")  # each picture has its own
+    return rng, draw_scene(rng, split, index % 4 + 1)
+
+
 def draw_one(job: tuple[str, int], folder: Path, seed: int, turns: int) -> list[dict]:
-    """Draws picture `index` of a split and returns its records. Each picture has a generator of its own."""
+    """Draws picture `index` of a split and returns its records."""
     split, index = job
-    rng = random.Random(f"{seed} {split} {index}")
-    scene = draw_scene(rng, split, index % 4 + 1)
+    rng, scene = start_of(split, index, seed)
     name = f"{index:05d}"
     paint(scene, rng, split).save(folder / split / f"{name}.png")
     if split in ("train", "validation"):

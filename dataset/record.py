@@ -7,7 +7,8 @@
 `messages` may begin with a `system` turn; then `user` and `assistant` turns alternate. A record whose only message has
 role "text" is plain text, every word of which is learned. Each `<image>` in the user turns, or in the plain text,
 stands for the next of `images`, each `<video>` for the next of `videos`. `meta` (strings and integers) groups records
-in an evaluation. Media paths are relative to a folder that the reader of the record knows (`image_root`).
+in an evaluation; its keys `references` and `choices` may be lists of strings (`evaluation.questions`). Media paths are
+relative to a folder that the reader of the record knows (`image_root`).
 
 In a file only `messages` is required: `id` defaults to `<file stem>:<row>` (rows count from 0), `source` to the file
 stem. Rows of JSON, JSONL and CSV files may instead have the keys that `dataset.table` explains.
@@ -43,6 +44,7 @@ SCHEMA = pa.schema({
     "meta": pa.string(),  # JSON: its keys differ from record to record, which a Parquet struct can't express
 })  # fmt: skip
 FIELDS = tuple(SCHEMA.names)
+META_LISTS = ("references", "choices")  # accepted answers, and answers to choose from, of an evaluation
 PLACEHOLDERS = {"images": IMAGE_PLACEHOLDER, "videos": VIDEO_PLACEHOLDER}
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 WEIGHTS_KEY = "kanjian.weights"  # in the metadata of a Parquet file: JSON, source -> weight
@@ -148,10 +150,12 @@ def validate_record(record: Any) -> dict:
     complete["messages"] = _validate_messages(name, record.get("messages"))
     complete["meta"] = {} if record.get("meta") is None else record["meta"]
     if not isinstance(complete["meta"], dict) or not all(
-        _is_text(key) and (isinstance(value, int) or _is_text(value)) for key, value in complete["meta"].items()
+        _is_text(key) and (isinstance(value, int) or _is_text(value) or key in META_LISTS and _is_texts(value))
+        for key, value in complete["meta"].items()
     ):
-        problem = f"meta must map strings to strings or integers, got {shown(complete['meta'])}"
-        raise RecordError.of(name, "fields", problem)
+        lists = " and ".join(META_LISTS)
+        problem = f"meta must map strings to strings or integers ({lists}: to lists of strings)"
+        raise RecordError.of(name, "fields", f"{problem}, got {shown(complete['meta'])}")
     place = "text" if complete["messages"][0]["role"] == "text" else "user turns"
     for key, placeholder in PLACEHOLDERS.items():
         count = sum(turn["content"].count(placeholder) for turn in complete["messages"])
@@ -199,6 +203,10 @@ def _validate_messages(name: Any, messages: Any) -> list[dict]:
                 raise RecordError.of(name, "placeholders", f"{problem}; {hint}")
         previous = role
     return messages
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value))
 
 
 def _is_text(text: Any) -> bool:

@@ -72,8 +72,8 @@ def stream_rows(path: str | Path) -> Iterator[Any]:
     return READERS[suffix](path)
 
 
-def read_csv_rows(path: str | Path) -> Iterator[dict[str, str] | ValueError]:
-    """Rows of a CSV file (UTF-8, commas, names of the columns in the first line) as `{column: cell}`.
+def read_csv_rows(path: str | Path, delimiter: str = ",") -> Iterator[dict[str, str] | ValueError]:
+    """Rows of a CSV file (UTF-8, names of the columns in the first line) as `{column: cell}`.
 
     A row with more or fewer cells than there are columns comes as a ValueError in its place.
 
@@ -83,7 +83,7 @@ def read_csv_rows(path: str | Path) -> Iterator[dict[str, str] | ValueError]:
     """
     csv.field_size_limit(LONGEST_CELL)  # a whole text may stand in a cell; the library's own limit is 128 KiB
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             columns = next(reader, [])
             if not columns or not all(columns) or len(set(columns)) < len(columns):
@@ -92,7 +92,8 @@ def read_csv_rows(path: str | Path) -> Iterator[dict[str, str] | ValueError]:
                 if cells and len(cells) != len(columns):
                     yield ValueError(
                         f"{path}, line {reader.line_num}: {len(cells)} cells for {len(columns)} columns; a text with "
-                        'commas or line breaks stands in double quotes ("), a quote within it is doubled'
+                        f"{'commas' if delimiter == ',' else 'tabs'} or line breaks stands in double quotes (\"), a "
+                        "quote within it is doubled"
                     )
                 elif cells:
                     yield dict(zip(columns, cells, strict=True))

@@ -1,3 +1,3 @@
-from model.model import MultiModalModel
+from model.model import GREEDY, MultiModalModel
 
-__all__ = ["MultiModalModel"]
+__all__ = ["GREEDY", "MultiModalModel"]

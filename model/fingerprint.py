@@ -1,5 +1,6 @@
-"""A sample of frozen weights, by which a checkpoint recognises the encoder and decoder it was trained with."""
+"""Samples of weights: a checkpoint recognises by them its encoder and decoder, an evaluation the model it is of."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 from itertools import chain
@@ -35,6 +36,19 @@ def sample_differences(module: nn.Module, recorded: dict[str, str]) -> list[str]
         if name not in quantized
         and not (name in tensors and _agree(_values(tensors[name]), [float(value) for value in values.split()]))
     ]
+
+
+def digest(module: nn.Module) -> str:
+    """Tells this module's weights from others', adapters among them: a digest of some values of every tensor.
+
+    It is the same on every device, and another one in another dtype. Left out are matrices that are quantized.
+    """
+    parts = [
+        f"{name} {list(tensor.shape)} {' '.join(map(str, _values(tensor)))}"
+        for name, tensor in sorted(chain(module.named_parameters(), module.named_buffers()))
+        if tensor.is_floating_point() and tensor.numel()
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

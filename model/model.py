@@ -26,6 +26,11 @@ from visual import build_encoder
 from visual.grid import pool, pooled_grid
 from visual.media import Media
 
+# In place of the decoder's own settings of the same names, such as Qwen-7B-Chat's sampling with top_p 0.8.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0,
+}  # fmt: skip
+
 
 class MultiModalModel(nn.Module):
     """Pictures and clips become features of the decoder's width, which stand where the placeholder tokens stand.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from dataset.text_table import text_table
 from model.lora import adapted_layers
 
 
@@ -28,18 +29,6 @@ def model_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     for name, parameter in model.named_parameters():
         parts["LoRA" if ".lora_" in name else name.partition(".")[0]].append(parameter)
     return {name: parameters for name, parameters in parts.items() if parameters}
-
-
-def text_table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
-    """Rows as lines of aligned columns, those numbered in `right` flushed right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def _row(name: str, parameters: list[nn.Parameter], rates: dict[int, float]) -> tuple[str, ...]:

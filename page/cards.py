@@ -6,20 +6,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dataset.dataset import BadMedium, Medium, RecordDataset
 from dataset.record import RecordError, Records
 from dataset.shards import open_medium
 from dataset.statistics import Sizes, raw_record
 from dataset.template import IGNORE_INDEX, MEDIA, media_of
+from page.pictures import pictures_of
 from page.pieces import pieces_of, views_text
-from page.render import FRAME, PICTURE, data_uri
-from visual.image import load_image
-from visual.video import load_frames
 
 FRAMES = {"frames": 8}  # of a clip where no model says how many
-SHOWN_FRAMES, SHOWN_MEDIA = 32, 24  # of a clip, of a record
+SHOWN_MEDIA = 24  # of a record
 
 
 def choose(sizes: Sizes, count: int, seed: int) -> dict[int, list[str]]:
@@ -127,36 +124,12 @@ def _turns(record: dict, system: str | None) -> Iterator[dict]:
 def _medium(number: int, kind: str, root: str | Path, name: str, facts: list[str], settings: dict) -> dict:
     """A picture, or the frames of a clip, embedded; or what is wrong with it."""
     shown = {"kind": kind, "number": number, "path": name, "facts": facts, "pictures": [], "error": None}
-    file = open_medium(root, name)
+    sampling = {key: settings[key] for key in ("frames", "fps", "max_seconds") if key in settings}
     try:
-        if kind == "image":
-            image = load_image(file)
-            shown["pictures"] = [_picture(image, PICTURE, f"image {number}")]
-            facts.append(_scaled(image, shown["pictures"][0]))
-        else:
-            sampling = {key: settings[key] for key in ("frames", "fps", "max_seconds") if key in settings}
-            frames = list(load_frames(file, **sampling))
-            every = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), SHOWN_FRAMES)).round().astype(int))
-            shown["pictures"] = [
-                _picture(frames[place], FRAME, f"frame {place + 1} of {len(frames)}") for place in every.tolist()
-            ]
-            facts.append(_scaled(frames[0], shown["pictures"][0]))
-            if len(every) < len(frames):
-                facts.append(f"{len(every)} of {len(frames)} frames are shown")
+        shown["pictures"], own = pictures_of(kind, open_medium(root, name), sampling)
+        facts += own
+        for picture in shown["pictures"] if kind == "image" else []:
+            picture["alt"] = f"image {number}"
     except (OSError, ValueError) as error:
         shown["error"] = str(error)
     return shown
-
-
-def _picture(image: Image.Image, longest: int, alt: str) -> dict:
-    uri, (width, height) = data_uri(image, longest)
-    enlarge = max(1, 96 // max(width, height))  # a few pixels would be a dot
-    return {"uri": uri, "width": width * enlarge, "height": height * enlarge, "small": enlarge > 1, "alt": alt,
-            "embedded": (width, height)}  # fmt: skip
-
-
-def _scaled(image: Image.Image, picture: dict) -> str:
-    """The size of an image, and that of the embedded one where it is another."""
-    (width, height), embedded = image.size, picture["embedded"]
-    text = f"{width} x {height} pixels"
-    return text if (width, height) == embedded else f"{text}, here {embedded[0]} x {embedded[1]}"

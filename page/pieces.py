@@ -1,8 +1,7 @@
-"""The tokens of a sample in a form that can be read: text of each token, media folded, nothing invisible."""
+"""The tokens of a sample in a form that can be read: text of each token, media folded."""
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -14,8 +13,6 @@ from dataset.dataset import Medium
 from dataset.template import IGNORE_INDEX
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how sentencepiece writes a token that is one byte
-SPACES = {" ": "·", "\n": "¶", "\t": "→"}
-JOINERS = "\u200c\u200d"  # of letters and emoji; harmless, and part of how a text looks
 
 
 class Part(NamedTuple):
@@ -170,30 +167,3 @@ def _byte_of() -> dict[str, int]:
 def _hf(tokenizer):
     """The tokenizer of transformers within."""
     return getattr(tokenizer, "hf", tokenizer)
-
-
-def visible(text: str, spaces: bool = True) -> Iterator[tuple[bool, str]]:
-    """(whether it stands for something invisible, text) of the pieces of a text.
-
-    Spaces, line breaks and tabs are written as `SPACES` says, unless `spaces` is False, which leaves them, and what
-    joins letters, as they are. All other characters without a shape of their own are written as escapes: what turns the
-    direction of writing must not act on the page.
-    """
-    for is_hidden, run in groupby(text, key=lambda letter: _is_hidden(letter, spaces)):
-        if is_hidden:
-            yield from ((True, SPACES.get(letter) or _escape(letter)) for letter in run)
-        else:
-            yield False, "".join(run)
-
-
-def _is_hidden(letter: str, spaces: bool) -> bool:
-    if letter in SPACES or letter in JOINERS:
-        return spaces
-    if letter.isascii():
-        return not letter.isprintable()
-    return unicodedata.category(letter) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")
-
-
-def _escape(letter: str) -> str:
-    code = ord(letter)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

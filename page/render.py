@@ -4,60 +4,34 @@ What comes from data reaches the page through Jinja's or markupsafe's escaping a
 its browser scripts and all that isn't in it (Content-Security-Policy).
 """
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
-from PIL import Image
+from markupsafe import Markup
 
-from page.pieces import SPACES, Piece, visible
+from page.pieces import Piece
+from page.text import number, plain, share, text_markup, visible_markup
 
-PICTURE, FRAME = 320, 128  # longest side of what is embedded, in pixels
-SHOWN_CHARACTERS = 2000  # of a turn; of what is longer the middle is left out
-SHOWN_TOKENS = 3000  # of a sample, likewise
+SHOWN_TOKENS = 3000  # of a sample; of what is longer the middle is left out
 BINS, WIDTH, HEIGHT = 48, 640, 120  # of a histogram
 
 
 def render(**values) -> str:
     """`page.html` with these values; raises UndefinedError for one that is missing."""
-    environment = Environment(
+    return environment(tokens=tokens_markup).get_template("page.html").render(**values)
+
+
+def environment(**filters) -> Environment:
+    """The templates of this folder with the filters that all pages have, and these; all values are escaped."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(text=text_markup, tokens=tokens_markup, share=share, number=number)
-    return environment.get_template("page.html").render(**values)
-
-
-def share(value: float | None) -> str:
-    """`12.3 %`"""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def number(value: float | None) -> str:
-    """`1,234`"""
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def text_markup(text: str) -> Markup:
-    """A text of a record, without its middle if it is long; what can't be seen in it is written as escapes."""
-    left_out = len(text) - SHOWN_CHARACTERS
-    if left_out <= SHOWN_CHARACTERS // 4:
-        return _visible(text, spaces=False)
-    half = SHOWN_CHARACTERS // 2
-    gap = Markup("<i class=gap> … {:,} characters … </i>").format(left_out)
-    return _visible(text[:half], False) + gap + _visible(text[-half:], False)
-
-
-def _visible(text: str, spaces: bool) -> Markup:
-    return Markup().join(
-        Markup("<em>{}</em>{}").format(part, Markup("<br>") if part == SPACES["\n"] else "") if hidden else escape(part)
-        for hidden, part in visible(text, spaces)
-    )
+    made.filters.update(text=text_markup, plain=plain, share=share, number=number, **filters)
+    return made
 
 
 def tokens_markup(pieces: Sequence[Piece], most: int = SHOWN_TOKENS) -> Markup:
@@ -77,20 +51,10 @@ def _piece_markup(piece: Piece) -> Markup:
     tag = Markup("b") if piece.supervised else Markup("i")
     kind = Markup(" class=c") if piece.kind == "control" else ""
     text = Markup().join(
-        _visible(part.text, True) + (Markup("<sub>{}</sub>").format(part.bytes) if part.bytes else "")
+        visible_markup(part.text, True) + (Markup("<sub>{}</sub>").format(part.bytes) if part.bytes else "")
         for part in piece.parts
     )
     return Markup("<{0}{1} title={2}>{3}</{0}><wbr>").format(tag, kind, piece.ids[0], text)
-
-
-def data_uri(image: Image.Image, longest: int) -> tuple[str, tuple[int, int]]:
-    """An RGB image as a data URI, and the size that it has there: at most `longest` pixels on its longest side."""
-    image = image.copy()
-    image.thumbnail((longest, longest))
-    buffer = io.BytesIO()
-    kind = "png" if max(image.size) <= 64 else "jpeg"  # on a few pixels JPEG's blocks would be seen
-    image.save(buffer, kind, **({"quality": 82, "optimize": True} if kind == "jpeg" else {"optimize": True}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", image.size
 
 
 def upper_end(lengths: Sequence[np.ndarray]) -> int:

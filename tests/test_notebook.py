@@ -1,4 +1,4 @@
-"""notebooks/evaluation.ipynb runs from its first cell to its last, and its figures are those of the scripts."""
+"""notebooks/evaluate.ipynb runs from its first cell to its last, and its figures are those of the scripts."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -14,21 +15,23 @@ from nbformat.v4 import new_code_cell
 from dataset.record import read_records, write_records
 from dataset.template import encode_record
 from evaluate import evaluate
+from looking import METHODS
 from model import MultiModalModel
 from train import train
 from visual import load_image
 
-FILE = Path(__file__).parents[1] / "notebooks" / "evaluation.ipynb"
+FILE = Path(__file__).parents[1] / "notebooks" / "evaluate.ipynb"
 FIGURES = """
-print(json.dumps({"accuracy": report["accuracy"], "n": report["n"], "example": example["id"],
-                  "probability": probability, "log_p": log_p.tolist(), "evidence": loss_of_evidence.tolist()}))
+print(json.dumps({"score": report["score"], "example": example["id"], "probability": probability,
+                  "log_p": log_p.tolist(), "maps": {name: one.values.tolist() for name, one in maps.items()},
+                  "compared": [run["score"]["value"] for run in comparison["runs"]]}))
 """
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("notebook") / "run"
-    train(tiny.config(folder, "max_steps=30", "save_steps=100", "per_device_train_batch_size=4", "dropout=0"))
+    train(tiny.config(folder, "max_steps=30", "save_steps=15", "per_device_train_batch_size=4", "dropout=0"))
     return folder
 
 
@@ -64,22 +67,28 @@ def test_is_stored_without_outputs():
     assert code and all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
-def test_every_cell_ran_and_shows_what_it_announces(executed):
+def test_every_cell_ran_and_shows_what_it_announces(executed, checkpoint):
     cells = {cell.id: cell for cell in executed.cells if cell.cell_type == "code"}
     assert [cell.execution_count for cell in cells.values()] == list(range(1, len(cells) + 1))
     shown = {name: {mime for output in cell.outputs for mime in output.get("data", {})} for name, cell in cells.items()}
-    assert "image/png" in shown["chart"] and "image/png" in shown["where"]
+    assert all("image/png" in shown[name] for name in ("chart", "where", "layers", "curves"))
     page = "".join(output.data["text/html"] for output in cells["pictures"].outputs)
     assert page.count("<img") == 3 and "What colour is it?" in page
     assert all(f"{condition}: <span" in page for condition in ("real", "blind", "shuffled"))
-    assert "real minus blind" in output_of(cells["accuracy"], "stdout")
+    assert all(text in output_of(cells["accuracy"], "stdout") for text in ("real minus blind", "looking score"))
+    assert "occlusion  peaks in row" in output_of(cells["where"], "stdout")
+    assert "other: " + str(checkpoint / "checkpoint-15") in output_of(cells["compare"], "stdout")
 
 
-def test_accuracies_are_those_of_evaluate(figures, checkpoint, tiny):
+def test_scores_are_those_of_evaluate(figures, checkpoint, tiny):
     everything = read_records(checkpoint.parent / "test.parquet")
-    records = everything.select(random.Random(0).sample(range(24), 20))
-    report = evaluate(MultiModalModel.from_pretrained(checkpoint), records, tiny.folder / "images")
-    assert figures["accuracy"] == report["accuracy"] and figures["n"] == 20
+    records = [everything[index] for index in sorted(random.Random(0).sample(range(24), 20))]
+    found = []
+    for folder in (checkpoint, checkpoint / "checkpoint-15"):
+        report = evaluate(MultiModalModel.from_pretrained(folder), records, tiny.folder / "images")
+        found.append(report["score"])
+    assert figures["score"] == found[0] and figures["score"]["n"] == 20
+    assert figures["compared"] == [score["real"]["value"] for score in found]
 
 
 def test_probability_is_that_of_the_training_loss(figures, checkpoint, tiny):
@@ -99,6 +108,8 @@ def test_probability_is_that_of_the_training_loss(figures, checkpoint, tiny):
             loss = model(torch.tensor([sample["input_ids"]]), features=features, labels=labels).loss
         expected.append(-loss.item() * (end - start))
     assert figures["log_p"][:2] == pytest.approx(expected, abs=1e-4)
-    assert figures["probability"]["zeroed"] == pytest.approx(math.exp(expected[1]), rel=1e-3)
-    assert figures["probability"]["real"] != pytest.approx(figures["probability"]["zeroed"], rel=1e-3)
-    assert len(figures["evidence"]) == model.encoder.num_features and any(figures["evidence"])
+    assert figures["probability"]["zeroed"] == pytest.approx(math.exp(expected[1]), rel=1e-3, abs=0)
+    assert abs(expected[0] - expected[1]) > 1e-2
+    assert figures["maps"].keys() == METHODS.keys()
+    assert all(np.shape(values) == model.encoder.grid for values in figures["maps"].values())
+    assert all(np.any(figures["maps"][name]) for name in ("features", "attention", "rollout"))

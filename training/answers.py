@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from accelerate.utils import gather_object
 from dataset.dataset import BadMedium, RecordDataset
 from dataset.feature_cache import StaleFeatures
 from dataset.record import RecordError
-from evaluate import answer_batch, make_question
+from evaluation.answering import answer_batch
+from evaluation.questions import Question, make_question
 from model import MultiModalModel
 from run_folder import ANSWERS_FILE
 
@@ -53,23 +55,23 @@ class Answers:
                         for answer in self._answers(model, own[start : start + BATCH])]  # fmt: skip
         finally:
             model.train(trained)
-        said = gather_object([(q["index"], answer) for q, answer in zip(own, said, strict=True)])
+        said = gather_object([(q.index, answer) for q, answer in zip(own, said, strict=True)])
         if not accelerator.is_main_process:
             return []
         answers = dict(said)
-        lines = [{"step": step, **shown(q), "answer": answers[q["index"]]} for q in self.questions]
+        lines = [{"step": step, **shown(q), "answer": answers[q.index]} for q in self.questions]
         with self.file.open("a", encoding="utf-8") as file:  # one write, so that a line is rarely cut
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return lines
 
-    def _answers(self, model: MultiModalModel, questions: list[dict]) -> list[str]:
-        features = [self._features(model, q) for q in questions]
-        return answer_batch(model, questions, features, MAX_NEW_TOKENS, self.system)
+    def _answers(self, model: MultiModalModel, asked: list["Asked"]) -> list[str]:
+        features = [self._features(model, q) for q in asked]
+        return answer_batch(model, [q.question for q in asked], features, MAX_NEW_TOKENS, self.system)
 
-    def _features(self, model: MultiModalModel, question: dict) -> list[torch.Tensor]:
+    def _features(self, model: MultiModalModel, asked: "Asked") -> list[torch.Tensor]:
         """Features `[n, H]` of each of its images and clips."""
         found = []
-        for medium in self.dataset.open_media(self.dataset.records[question["index"]]):
+        for medium in self.dataset.open_media(self.dataset.records[asked.index]):
             tensor = self.dataset.load(medium).to(model.device)
             make = model.encode_images if self.dataset.feature_cache is None else model.project
             found.append(make(tensor, medium.features))
@@ -95,24 +97,33 @@ def is_until(line: str, step: int) -> bool:
         return False
 
 
-def shown(question: dict) -> dict[str, str]:
+def shown(asked: "Asked") -> dict[str, str]:
     """What `answers.jsonl` says of a question."""
-    turns = "\n".join(turn["content"] for turn in question["turns"])
-    return {"id": question["id"], "source": question["source"], "question": turns, "reference": question["answer"]}
+    q = asked.question
+    turns = "\n".join(turn["content"] for turn in q.turns)
+    return {"id": q.id, "source": asked.source, "question": turns, "reference": q.answer}
 
 
-def fitting_questions(dataset: RecordDataset, seed: int) -> Iterator[dict]:
-    """Records that end in an answer and can be read, as `evaluate.make_question` has them, a source at a time."""
+class Asked(NamedTuple):
+    """A question, the number of its record in the data set, and the record's source."""
+
+    question: Question
+    index: int
+    source: str
+
+
+def fitting_questions(dataset: RecordDataset, seed: int) -> Iterator[Asked]:
+    """Questions of records that end in an answer and can be read, one of each source in turn."""
     names, source_of = dataset.sources
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(np.flatnonzero(source_of == source)).tolist() for source in range(len(names))]
     for round_ in zip_longest(*orders):
         for index in round_:
             if index is not None and (question := fitting(dataset, index)):
-                yield question | {"index": index, "source": names[source_of[index]]}
+                yield Asked(question, index, names[source_of[index]])
 
 
-def fitting(dataset: RecordDataset, index: int) -> dict | None:
+def fitting(dataset: RecordDataset, index: int) -> Question | None:
     """The question of a record, or None if it can't be asked.
 
     Raises:

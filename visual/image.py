@@ -16,13 +16,16 @@ from PIL import ExifTags, Image, ImageOps
 
 # Formats whose header says how large the decoded image is; of others only decoding tells (an icon holds several).
 FORMATS_WITH_SIZE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM")
+# Formats that are read, whatever a file is called; "JPEG" reads MPO too. Of others that Pillow knows, EPS is a program,
+# which Ghostscript would run, and most are met so rarely that errors in their decoders stay.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "TGA")
 
 
 File = str | os.PathLike | BinaryIO
 
 
 def load_image(source: File | Image.Image) -> Image.Image:
-    """An image of any mode and format that Pillow reads, upright and in RGB.
+    """An image of any mode, from a file in one of `FORMATS`, upright and in RGB.
 
     - EXIF orientation is applied; of an animation the first frame is taken.
     - Transparent pixels (alpha channel, palette entry, colour key) are composited on white.
@@ -39,7 +42,7 @@ def load_image(source: File | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return _decode(source, getattr(source, "filename", "") or f"image of mode {source.mode}")
     name = name_of(source)
-    with _errors(source), opened(source) as file, Image.open(file) as image:
+    with _errors(source), opened(source) as file, Image.open(file, formats=FORMATS) as image:
         return _decode(image, name)
 
 
@@ -55,7 +58,7 @@ def image_size(source: File | Image.Image) -> tuple[int, int]:
     if isinstance(source, Image.Image):
         return load_image(source).size
     name = name_of(source)
-    with _errors(source), opened(source) as file, Image.open(file) as image:
+    with _errors(source), opened(source) as file, Image.open(file, formats=FORMATS) as image:
         if image.format not in FORMATS_WITH_SIZE:
             return _decode(image, name).size
         check_pixels(*image.size, name)
@@ -118,7 +121,7 @@ def _errors(source: File) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: {_bomb_hint()} ({error})") from error
     except Image.UnidentifiedImageError as error:
-        what = "is empty" if is_empty(source) else "is not an image in a format that Pillow reads"
+        what = "is empty" if is_empty(source) else f"is not an image in a format that is read ({', '.join(FORMATS)})"
         raise ValueError(f"{name} {what}") from error
     except Exception as error:  # OSError; of a damaged TIFF TypeError, ValueError and others as well
         if isinstance(error, ValueError) and str(error).startswith(name):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from chat.session import GREEDY, Session
+from chat.session import PromptTooLong, Session
 from dataset.record import read_records
 from dataset.template import encode_prompt
-from model import MultiModalModel
+from model import GREEDY, MultiModalModel
 from train import train
 
 LONG = 400  # tokens: an answer that has not ended when it is stopped
@@ -130,6 +130,33 @@ def test_nothing_said_is_nothing_asked(endless, red, monkeypatch):
     assert endless.exchanges == [] and len(endless.waiting) == 1
 
 
+@pytest.mark.parametrize("again", (False, True))
+def test_a_stop_before_the_first_token_is_kept(endless, monkeypatch, again):
+    endless.generation["max_new_tokens"] = 3
+    endless.ask("Go")
+    before = list(endless.exchanges)
+    monkeypatch.setattr(endless.model, "generate", lambda *_, **__: pytest.fail("the model was asked"))
+    answer = endless.regenerate() if again else endless.stream("On")
+    endless.stop()
+    assert list(answer) == [] and endless.exchanges == before
+
+
+def test_a_conversation_longer_than_allowed_does_not_reach_the_model(session, red, monkeypatch):
+    session.add_image(red)
+    session.ask("One?")
+    length = len(session.exchanges[0].prompt)
+    session.max_prompt_tokens = length
+    list(session.regenerate())
+    before = list(session.exchanges)
+    monkeypatch.setattr(session.model, "generate", lambda *_, **__: pytest.fail("the model was asked"))
+    with pytest.raises(PromptTooLong, match=rf"has \d+ tokens with its pictures, but at most {length} are taken"):
+        session.ask("Two?")
+    session.system += " Do."
+    with pytest.raises(PromptTooLong):
+        list(session.regenerate())
+    assert session.exchanges == before
+
+
 def test_an_error_leaves_all_as_it_was(session, red, monkeypatch):
     session.ask("One?")
     session.add_image(red)
@@ -172,8 +199,9 @@ def test_one_answer_at_a_time(endless):
     next(stream)
     with pytest.raises(RuntimeError, match="still being answered"):
         endless.ask("And?")
-    stream.close()
-    assert [exchange.question for exchange in endless.exchanges] == ["Go"]
+    endless.stop()  # still the first answer
+    list(stream)
+    assert [(exchange.question, exchange.stopped) for exchange in endless.exchanges] == [("Go", True)]
 
 
 def test_a_bad_file_is_named_and_adds_nothing(session, tmp_path):
@@ -209,3 +237,11 @@ def test_a_saved_conversation_is_a_record(endless, red, tmp_path):
     with pytest.raises(ValueError, match="ends in .json"):
         session.save(tmp_path / "talk.txt")
     assert json.loads(file.read_text())[0]["id"] == "talk"
+
+
+def test_a_conversation_is_no_longer_than_the_decoder_is_made_for(session):
+    most = session.model.language_model.config.max_position_embeddings
+    assert session.max_prompt_tokens == most and Session(session.model, max_prompt_tokens=9).max_prompt_tokens == 9
+    with pytest.raises(PromptTooLong, match=f"at most {most} are taken"):
+        session.ask("a " * most)
+    assert session.exchanges == []

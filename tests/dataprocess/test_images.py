@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from dataprocess import images
-from dataprocess.images import check_image
+from dataprocess.images import FORMATS, check_image
+from visual import image
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "copy.jpg").write_bytes(content)
     (tmp_path / "cut.jpg").write_bytes(content[:-200])
     (tmp_path / "cut.png").write_bytes((tmp_path / "alpha.png").read_bytes()[:-200])
+    noise.save(tmp_path / "eps.png", format="EPS")  # a program, which Ghostscript would run
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
@@ -41,7 +43,8 @@ def test_sound_images_have_the_digest_of_their_bytes(folder):
         ("absent.jpg", "image missing", "No such file"),
         ("cut.jpg", "image unreadable", "image file is truncated"),
         ("cut.png", "image unreadable", "truncated"),
-        ("page.jpg", "image unreadable", "not an image in a format that Pillow reads"),
+        ("page.jpg", "image unreadable", "not an image in a format that is read"),
+        ("eps.png", "image unreadable", "not an image in a format that is read"),
         ("empty.jpg", "image unreadable", "the file is empty"),
         ("folder.jpg", "image unreadable", "Is a directory"),
         ("a\0b.jpg", "image unreadable", "null"),
@@ -52,6 +55,10 @@ def test_bad_images(folder, name, reason, problem):
     checked = check_image(str(folder / name))
     assert checked.digest is None and checked.reason == reason
     assert checked.problem.startswith(f"{folder}/{name}: ") and problem in checked.problem
+
+
+def test_formats_are_those_that_training_reads():
+    assert FORMATS == image.FORMATS
 
 
 def test_images_above_pillows_limit(folder, monkeypatch, recwarn):

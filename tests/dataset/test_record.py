@@ -55,6 +55,12 @@ def test_parquet_round_trip(tmp_path):
         records[5]
 
 
+def test_lists_that_an_evaluation_reads(tmp_path):
+    meta = {"references": ["a", "a", ""], "choices": ["a", "b"], "metric": "vqa"}
+    write_records([make(0, meta=meta)], tmp_path / "r.parquet")
+    assert read_records(tmp_path / "r.parquet")[0]["meta"] == meta
+
+
 def test_many_blocks_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr("dataset.record.BLOCK", 4)
     rows = [make(i, meta={"i": i}) for i in range(11)]
@@ -130,6 +136,9 @@ def test_missing_and_foreign_files(tmp_path):
         ({"id": ""}, "fields", "id must be"),
         ({"source": None}, "fields", "source must be"),
         ({"meta": {"a": 1.5}}, "fields", "meta must map"),
+        ({"meta": {"a": ["b"]}}, "fields", "meta must map .*references and choices: to lists of strings"),
+        ({"meta": {"references": ["b", 2]}}, "fields", "meta must map"),
+        ({"meta": {"choices": {"b": "c"}}}, "fields", "meta must map"),
         ({"message": []}, "fields", "did you mean 'messages'"),
         ({"messages": []}, "messages", "non-empty list"),
         ({"messages": turns("human", "<image>")}, "messages", "message 0 must be"),

@@ -3,16 +3,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import SHARED, plain, record
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from dataset.dataset import Medium
 from dataset.template import IGNORE_INDEX, TEMPLATES, encode_record
 from model.tokenizer import ChatTokenizer
-from page.pieces import Part, pieces_of, token_bytes, token_parts, views_text, visible
-from page.render import histogram, text_markup, tokens_markup, upper_end
+from page.pieces import Part, pieces_of, token_bytes, token_parts, views_text
+from page.render import histogram, tokens_markup, upper_end
+from page.text import text_markup, visible
 from qwen import QWenTokenizer
+from tests.dataset.samples import SHARED, plain, record
 from tests.model.families import byte_tokenizer
 
 TEXTS = ("The red car.\n\n  Two\tspaces", "红色的汽车是什么？",

@@ -10,9 +10,8 @@ import torch
 from cache_features import fill
 from config import ConfigError
 from dataset.record import write_records
-from evaluate import evaluate
-from inference import GREEDY
-from model import MultiModalModel
+from evaluation.answering import evaluate
+from model import GREEDY, MultiModalModel
 from tests.conftest import Tiny
 from tests.test_train import make_trainer, trajectory, weights
 from tests.training.launch import launch
@@ -51,11 +50,11 @@ def test_answers_are_written_at_each_validation_and_before_the_first_step(tiny, 
 def test_answers_are_those_of_the_evaluation(tiny, reference):
     last = {line["id"]: line["answer"] for line in answers_in(reference)[9:]}
     model = MultiModalModel.from_pretrained(reference)
-    report_file = reference / "predictions.jsonl"
     records = [record for record in Tiny.records(5) if record["id"] in last]
     evaluate(model, records, tiny.folder / "images", conditions=["real"], max_new_tokens=128,
-             predictions_file=report_file)  # fmt: skip
-    said = {line["id"]: line["real"] for line in map(json.loads, report_file.read_text().splitlines())}
+             output=reference / "evaluation")  # fmt: skip
+    lines = (reference / "evaluation/rows.jsonl").read_text().splitlines()
+    said = {line["id"]: line["conditions"]["real"]["answer"] for line in map(json.loads, lines)}
     assert said == last and GREEDY["do_sample"] is False
 
 
@@ -95,12 +94,12 @@ def test_sources_take_turns_and_what_can_not_be_asked_is_left_out(tiny, tmp_path
     write_records(records, tmp_path / "validation.parquet")
     trainer = make_trainer(tiny.config(tmp_path / "run", f"validation={tmp_path}/validation.parquet", "answers=5"))
     chosen = trainer.answers.questions
-    assert [q["source"] for q in chosen[:4]].count("rare") == 2 and len({q["id"] for q in chosen}) == 5
-    assert {q["source"] for q in chosen} == {"rare", "much"}
+    assert [q.source for q in chosen[:4]].count("rare") == 2 and len({q.question.id for q in chosen}) == 5
+    assert {q.source for q in chosen} == {"rare", "much"}
     again = Answers(trainer.eval_dataset, 5, trainer.config.train.seed, tmp_path)
     other = Answers(trainer.eval_dataset, 5, 7, tmp_path)
     everything = Answers(trainer.eval_dataset, 100, 7, tmp_path)
-    assert [q["id"] for q in again.questions] == [q["id"] for q in chosen] != [q["id"] for q in other.questions]
+    assert [q.index for q in again.questions] == [q.index for q in chosen] != [q.index for q in other.questions]
     assert len(everything.questions) == 10
 
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from visual import load_image
+from visual.image import FORMATS, image_size
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -208,6 +209,25 @@ def test_no_image(tmp_path, data, what):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"no\.jpg is {what}"):
         load_image(path)
+
+
+@pytest.mark.parametrize("format, suffix", [
+    *((format, "png") for format in FORMATS), ("MPO", "jpg"),
+])  # fmt: skip
+def test_formats_that_are_read_whatever_the_name(tmp_path, format, suffix):
+    picture = Image.new("RGB", (16, 16), (200, 100, 50))
+    path = save(picture, tmp_path / f"a.{suffix}", format=format, **({"save_all": True} if format == "MPO" else {}))
+    assert image_size(path) == load_image(path).size == (16, 16)
+
+
+@pytest.mark.parametrize("format", ["EPS", "PCX", "SGI"])
+def test_formats_that_are_not_read(tmp_path, format):
+    """EPS above all: it is a program."""
+    path = save(Image.new("RGB", (4, 4)), tmp_path / "x.png", format=format)
+    assert Image.open(path).format == format
+    for read in (load_image, image_size):
+        with pytest.raises(ValueError, match=r"x\.png is not an image in a format that is read \(JPEG, "):
+            read(path)
 
 
 def test_no_file(tmp_path):

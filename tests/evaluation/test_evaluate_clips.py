@@ -1,4 +1,4 @@
-"""evaluate.py on clips: each condition is what its name says."""
+"""Evaluation of clips: each condition is what its name says."""
 
 import json
 
@@ -7,7 +7,8 @@ import torch
 
 from build import build_model
 from dataset.template import encode_prompt
-from evaluate import CONDITIONS, evaluate, reordered
+from evaluation.answering import evaluate
+from evaluation.order import CONDITIONS, reordered
 from tests.visual.clips import write_clip
 
 
@@ -36,9 +37,9 @@ def record(number: int) -> dict:
 
 def test_conditions_on_clips(model, folder, tmp_path):
     records = [record(number) for number in range(6)]
-    report = evaluate(model, records, folder, max_new_tokens=4, predictions_file=tmp_path / "answers.jsonl")
-    assert tuple(report["accuracy"]) == CONDITIONS and "real_minus_reordered" in report["looks"]
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    report = evaluate(model, records, folder, max_new_tokens=4, output=tmp_path / "out")
+    assert tuple(report["conditions"]) == CONDITIONS and "gain_over_reordered" in report["looking"]
+    answers = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
     prompt = encode_prompt(record(0)["messages"][:1], model.tokenizer, 4 * model.media.frame_features)
     own, others = {}, {}
     for number in range(3):
@@ -54,9 +55,11 @@ def test_conditions_on_clips(model, folder, tmp_path):
         }
         for condition, features in expected.items():
             ids = model.generate([prompt], features=features, max_new_tokens=4, do_sample=False)
-            assert answer[condition] == model.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
-        others[answer["videos"][0]] = answer["shuffled"]
-    real = {answer["videos"][0]: answer["real"] for answer in answers}
+            expected_answer = model.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+            assert answer["conditions"][condition]["answer"] == expected_answer
+        others[answer["videos"][0]] = answer["conditions"]["shuffled"]["answer"]
+        assert answer["conditions"]["shuffled"]["videos"] != answer["videos"]
+    real = {answer["videos"][0]: answer["conditions"]["real"]["answer"] for answer in answers}
     assert set(others.values()) <= set(real.values())
 
 
@@ -70,13 +73,13 @@ def test_an_order_of_frames_is_never_the_real_one():
 
 def test_a_clip_needs_a_second_one_to_be_shuffled(model, folder):
     with pytest.raises(ValueError, match="all records show 0.mp4; the condition 'shuffled' needs a second video"):
-        evaluate(model, [record(0), {**record(0), "id": "b"}], folder)
+        evaluate(model, [record(0), {**record(0), "id": "b"}], folder, conditions=CONDITIONS)
     report = evaluate(model, [record(0)], folder, conditions=["real", "reordered"], max_new_tokens=2)
-    assert set(report["accuracy"]) == {"real", "reordered"}
+    assert report["conditions"] == ["real", "reordered"]
 
 
 def test_images_have_no_order_of_frames(model, tiny):
     report = evaluate(model, tiny.records(4), tiny.folder / "images", max_new_tokens=2)
-    assert set(report["accuracy"]) == set(CONDITIONS[:3])
+    assert report["conditions"] == list(CONDITIONS[:3])
     with pytest.raises(ValueError, match="record 'r0' shows no clip; leave the condition 'reordered' out"):
         evaluate(model, tiny.records(4), tiny.folder / "images", conditions=["reordered"])

@@ -1,0 +1,1 @@
+"""Honest evaluation: answers with the real pictures, blind and with other ones, metrics, intervals, reports."""
