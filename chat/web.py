@@ -261,14 +261,12 @@ def maps_of(
     """Pictures and frames of a conversation, each under the map of the last answer, with captions; a note on them all.
     """
     from looking import explain  # when asked for: it brings matplotlib along
+    from looking.answer import words
 
     model, last, shown = session.model, session.exchanges[-1], session.shown
-    ids = list(last.ids)
-    while len(ids) > 1 and not model.tokenizer.decode(ids[-1:], skip_special_tokens=True):
-        ids.pop()  # what ends the answer is no part of it
     sizes = [image_size(one.source) if one.kind == "image" else None for one in shown]
     maps = explain(
-        model, last.prompt, [one.views for one in shown], ids, method,
+        model, last.prompt, [one.views for one in shown], words(model, last.ids), method,
         sizes=sizes, features=session.features, progress=progress,
     )  # fmt: skip
     drawn = []

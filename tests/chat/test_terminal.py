@@ -30,7 +30,7 @@ from tests.conftest import make_decoder
 from tests.visual.clips import write_clip
 
 WORDS = ("图".encode(), "片".encode())
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_pictures_are_drawn_and_a_failure_is_said(session, tiny, tmp_path, capsy
 
 
 def test_nothing_from_outside_steers_the_terminal(session, tiny, tmp_path, capsys):
-    evil = "\x1b]0;title\x07\x9b2J\x1b[31m\r\x08"
+    evil = "\u202e\x1b]0;title\x07\x9b2J\x1b[31m\r\x08"
     file = tmp_path / f"pic{evil}\nture.png"
     file.write_bytes((tiny.folder / "images/red.png").read_bytes())
     (tmp_path / f"{evil}.png").write_bytes(b"none")

@@ -59,8 +59,13 @@ def server(tiny, tmp_path_factory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/"
         assert app.poll() is None, (folder / "log").read_text()
     finally:
-        app.send_signal(signal.SIGHUP)  # the terminal has gone
-        app.wait(30)
+        # The terminal has gone; under nohup, as tests may be, that is nothing to a program.
+        app.send_signal(signal.SIGTERM if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else signal.SIGHUP)
+        try:
+            app.wait(60)
+        except subprocess.TimeoutExpired:
+            app.kill()
+            raise
     written = (folder / "log").read_text()
     assert app.returncode == 0, written
     assert written.count("Traceback") == written.count("InvalidPathError: "), written  # that of a test below
