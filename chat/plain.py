@@ -2,8 +2,8 @@
 
 import re
 
-# C0, DEL and C1: an escape sequence begins with one of them, and so do the ways to move the cursor, ring, or answer. The
-# others break lines, or turn the direction of writing of all that follows.
+# C0, DEL and C1: an escape sequence begins with one of them, and so do the ways to move the cursor, ring, or answer.
+# The others break lines, or turn the direction of writing of all that follows.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
