@@ -101,6 +101,22 @@ def test_runs_as_written(command, world, monkeypatch, capsys):
     assert not code, f"{code}\n{capsys.readouterr()}"
 
 
+CODE = [
+    pytest.param(block, id=f"{page.stem} {number}")
+    for page in PAGES
+    if page.stem != "extend"  # whose blocks build on each other, and have a test of their own
+    for number, block in enumerate(re.findall(r"(?ms)^```python\n(.*?)^```$", page.read_text(encoding="utf-8")))
+    if "outputs/scenes" in block
+]
+
+
+@pytest.mark.parametrize("block", CODE)
+def test_code_runs_as_written(block, world, monkeypatch, capsys):
+    """What uses the default run; after the commands, one of which makes the export that a block reads."""
+    monkeypatch.chdir(world)
+    exec(compile(block, "docs", "exec"), {"__name__": "__main__"})
+
+
 def _exit_of(script) -> str | int | None:
     try:
         script()
