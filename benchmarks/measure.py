@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from dataset.files import write_text
+
 RESULTS = Path(__file__).with_name("results.md")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # of /proc/cpuinfo: products of bfloat16 in hardware
 
@@ -137,6 +139,4 @@ def report(title: str, module: str, argv: Sequence[str], device: str, *parts: st
 def append_results(text: str, path: Path = RESULTS) -> None:
     """Adds what a run found to the end of a file, which is whole at any moment."""
     before = path.read_text() + "\n" if path.exists() else ""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(before + text)
-    os.replace(unfinished, path)
+    write_text(before + text, path)

@@ -264,7 +264,7 @@ class Terminal:
         if not self.session.shown:
             raise ValueError("the conversation shows no picture that an answer could depend on")
         model, last, media = self.session.model, self.session.exchanges[-1], self.session.shown
-        frames = [_frames(shown, model.media.spec) for shown in media]
+        frames = [_frames(shown, model.media.sampling) for shown in media]
         sizes = [None if shown.kind == "video" else frames[number][0].size for number, shown in enumerate(media)]
         maps = explain(
             model, last.prompt, [shown.views for shown in media], words(model, last.ids), method,
@@ -302,11 +302,11 @@ def _size(shown: Shown) -> str:
         return tokens
 
 
-def _frames(shown: Shown, spec: dict) -> list[Image.Image]:
+def _frames(shown: Shown, sampling: dict) -> list[Image.Image]:
     """The picture, or all frames of a clip that the model sees."""
     if shown.kind == "image":
         return shown.pictures()
-    return list(load_frames(shown.source, spec["frames"], fps=spec["fps"], max_seconds=spec["max_seconds"]))
+    return list(load_frames(shown.source, **sampling))
 
 
 def _progress(done: int, steps: int) -> None:

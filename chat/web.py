@@ -297,8 +297,7 @@ def _scaled_pictures(shown: Shown, model: MultiModalModel) -> list[Image.Image]:
     """A picture, or the frames of a clip that the model saw. Of those in full size only one is in memory at a time."""
     if shown.kind == "image":
         return [_scaled(load_image(shown.source))]
-    sampling = {name: model.media.spec[name] for name in ("frames", "fps", "max_seconds")}
-    return [_scaled(frame) for frame in load_frames(shown.source, **sampling)]
+    return [_scaled(frame) for frame in load_frames(shown.source, **model.media.sampling)]
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
@@ -514,7 +513,7 @@ class Page:
         do, changed = self.handlers, [self.chat, self.box, *self.buttons, self.look, self.maps]
         settings = [self.language, self.system, *self.settings.values()]
         stop, regenerate, undo, clear = self.buttons
-        # One at a time: of the model, whose attention a map even switches to another implementation for a while.
+        # One at a time: two answers or maps at once would share the memory and the time of the device.
         model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         asked, shut = gr.State({"text": "", "files": []}), [self.box, *self.buttons, self.look]
         taken = self.box.submit(do.take, self.box, [asked, *shut], **AT_ONCE)

@@ -159,8 +159,7 @@ def evaluate(
         report = make_report(rows, metrics, {**(described or {}), **settings}, seconds)
         if output is not None:
             title = f"Evaluation of {(described or {}).get('checkpoint_path', 'a model')}"
-            sampling = {name: model.media.spec[name] for name in ("frames", "fps", "max_seconds")}
-            write_results(output, report, rows, image_root, title, sampling)
+            write_results(output, report, rows, image_root, title, model.media.sampling)
     return report
 
 

@@ -31,10 +31,10 @@ from evaluation.order import CONDITIONS
 from evaluation.polarity import polarity
 from evaluation.questions import METRICS, Question, question_of_row
 from evaluation.statistics import Resampled, perplexity
+from page.figures import OWN_UNITS
 from page.text import plain
 
 MOST_GROUPS = 32  # a meta key with more different values than this is an identifier, not a group
-UNITS = ("perplexity", "cider")  # metrics that are no shares
 
 
 def make_report(
@@ -102,14 +102,15 @@ class _Table:
 
     def cell(self, members: Sequence[int]) -> dict:
         """Mean scores with their intervals, and what the most frequent answer would reach."""
-        drawn = self._resampled(members)
+        return self._figures(members, self._resampled(members))
+
+    def _figures(self, members: Sequence[int], drawn: Resampled) -> dict:
         return {"majority": self._majority(members), **{name: drawn.share(name) for name in self.conditions}}
 
     def group(self, members: Sequence[int]) -> dict:
         """As `cell`, with the number of questions and, where all show something, the looking score."""
         drawn = self._resampled(members)
-        found = {"n": len(members), "majority": self._majority(members)}
-        found |= {name: drawn.share(name) for name in self.conditions}
+        found = {"n": len(members), **self._figures(members, drawn)}
         if all(self.questions[number].media for number in members):
             found |= {name: value for name, value in drawn.looking().items() if name == "looking_score"}
         return found
@@ -324,7 +325,7 @@ def _cells(figures: dict, conditions: Sequence[str]) -> list[str]:
 
 
 def _shown(figure: dict, metric: str) -> str:
-    if any(metric.startswith(unit) for unit in UNITS):
+    if metric.startswith(OWN_UNITS):
         return f"{figure['value']:.3f}"
     return f"{100 * figure['value']:.1f}%"
 
@@ -363,7 +364,7 @@ def markdown(report: dict, title: str) -> str:
 
 
 def _with_interval(figure: dict, name: str) -> str:
-    if any(name.startswith(unit) for unit in UNITS):
+    if name.startswith(OWN_UNITS):
         return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
     value, low, high = (f"{100 * figure[key]:.1f}" for key in ("value", "low", "high"))
     return f"{value} % [{low}, {high}]"

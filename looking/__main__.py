@@ -125,7 +125,7 @@ def load(model: MultiModalModel, kind: str, file: str) -> Medium:
     if kind == "image":
         picture = load_image(file)
         return Medium(file, model.media.load_image(picture), [picture], picture.size)
-    frames = list(load_frames(file, **{name: model.media.spec[name] for name in ("frames", "fps", "max_seconds")}))
+    frames = list(load_frames(file, **model.media.sampling))
     return Medium(file, model.media.load_video(file), frames, None)
 
 

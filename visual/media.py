@@ -48,6 +48,7 @@ class Media:
 
     Attributes:
         spec: the settings but `pixel_shuffle` (which the projector records), JSON-able.
+        sampling: those of them that say which frames of a clip are taken, arguments of `visual.video.load_frames`.
         num_features: how many features an image's view has, after pixel shuffle.
     """
 
@@ -80,7 +81,7 @@ class Media:
         self._pixel_shuffle = pixel_shuffle
         self._image_size = encoder.image_size
         self._load_preprocess: Callable[[], Preprocess] = encoder.preprocess_loader
-        self._sampling = {name: self.spec[name] for name in ("frames", "fps", "max_seconds")}
+        self.sampling = {name: self.spec[name] for name in ("frames", "fps", "max_seconds")}
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -122,7 +123,7 @@ class Media:
         Raises:
             FileNotFoundError, ValueError: with `fps`, a file that is missing or no video; names it.
         """
-        count = self.spec["frames"] if self.spec["fps"] is None else count_frames(file, **self._sampling)
+        count = self.spec["frames"] if self.spec["fps"] is None else count_frames(file, **self.sampling)
         return [self.frame_features] * count
 
     def load_image(self, image: File | Image.Image) -> Views:
@@ -146,7 +147,7 @@ class Media:
         """
         views: list[Tensor] = []
         before = None
-        for frame in load_frames(file, **self._sampling):
+        for frame in load_frames(file, **self.sampling):
             # The same picture again, where a clip has fewer of them than are asked for.
             views.append(views[-1] if frame is before else self.preprocess([frame])[0])
             before = frame

@@ -28,7 +28,7 @@ def test_small_run_writes_its_results(tmp_path, capfd, monkeypatch):
     training = [line.split(" | ") for line in text.splitlines() if line.startswith("| nf4 | 1 | o")]
     assert [row[2] for row in training] == ["off", "on"]
     assert all(abs(float(row[5].removesuffix(" %"))) < 15 for row in training)  # the plan's error
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert not list(tmp_path.glob("*.unfinished")) and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_plan_of_the_published_shapes(tmp_path, monkeypatch):
